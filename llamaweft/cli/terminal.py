@@ -1,0 +1,119 @@
+"""What a person sees: tables on stdout, progress on stderr, or one JSON document."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from llamaweft.train.events import Ended, Event, Started, StepEnded, Validated
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+JsonFlag = Annotated[
+    bool, typer.Option("--json", help="One JSON document on stdout, all else on stderr.")
+]
+
+
+def print_json(content: Any) -> None:
+    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def say(text: str) -> None:
+    """A line about what is going on."""
+    err.print(f"[dim]{escape(text)}[/dim]")
+
+
+def table(title: str, *columns: str) -> Table:
+    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for column in columns:
+        made.add_column(column, overflow="fold")
+    return made
+
+
+def facts(title: str, rows: dict[str, Any]) -> Table:
+    """A table of names and values."""
+    made = table(title, "", "")
+    made.show_header = False
+    for name, value in rows.items():
+        made.add_row(f"[cyan]{escape(name)}[/cyan]", escape(str(value)))
+    return made
+
+
+def gib(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """`3 h 20 min`, `4 min 5 s` or `12 s`."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"
+
+
+class TrainingProgress:
+    """A listener and a counter of answers: bars on stderr with step, loss, rate, time left."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=err,
+        )
+        self._training: TaskID | None = None
+        self._answers: TaskID | None = None
+
+    def __enter__(self) -> TrainingProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        self._progress.console.print(f"[dim]{escape(text)}[/dim]")
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Started():
+                self._training = self._progress.add_task(
+                    "training", total=event.total_steps, completed=event.step, note=""
+                )
+            case StepEnded() if self._training is not None:
+                note = f"loss {event.loss:.3f}  {event.tokens_per_second:.0f} tokens/s"
+                self._progress.update(self._training, completed=event.step, note=note)
+            case Validated():
+                values = "  ".join(f"{name} {value:.4g}" for name, value in event.metrics.items())
+                best = "  (best so far)" if event.best else ""
+                self.say(f"step {event.step} on held-out rows: {values}{best}")
+            case Ended(reason=reason) if reason != "finished":
+                self.say(f"ended after step {event.step}: {reason}")
+
+    def answers(self, done: int, total: int) -> None:
+        """Told how many answers of an evaluation are written."""
+        if self._answers is None:
+            self._answers = self._progress.add_task("answering", total=total, note="")
+        self._progress.update(self._answers, completed=done, total=total)
+        if done == total:
+            self._progress.remove_task(self._answers)
+            self._answers = None

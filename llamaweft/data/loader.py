@@ -1,0 +1,81 @@
+"""The stream of optimizer steps: each a list of packs, at any position, without state to lose.
+
+Packs follow one another over the epochs. The position in the stream is the number of packs
+taken, so going on from a checkpoint is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from llamaweft.data.chat import Document
+from llamaweft.data.packing import pack_epoch
+
+Batch = TypeVar("Batch")
+
+
+class Loader(Generic[Batch]):
+    """Steps of `accumulation` packs each, made by `collate` from lists of documents.
+
+    weights: how often each document is seen in an epoch.
+    epochs: length of the run in epochs, unless max_steps is given.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[Document],
+        collate: Callable[[list[Document]], Batch],
+        *,
+        micro_batch_tokens: int,
+        accumulation: int,
+        epochs: float = 1,
+        max_steps: int | None = None,
+        weights: np.ndarray | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.documents, self.collate = documents, collate
+        self.micro_batch_tokens, self.accumulation = micro_batch_tokens, accumulation
+        self.seed = seed
+        self._lengths = np.array([len(document.ids) for document in documents])
+        self._weights = np.ones(len(documents)) if weights is None else weights
+        self._epoch = lru_cache(maxsize=2)(self._pack_epoch)
+        self.total_packs = self._count_packs(epochs, max_steps)
+        self.total_steps = math.ceil(self.total_packs / accumulation)
+
+    def _pack_epoch(self, epoch: int) -> list[list[int]]:
+        return pack_epoch(self._lengths, self._weights, self.micro_batch_tokens, self.seed, epoch)
+
+    def _count_packs(self, epochs: float, max_steps: int | None) -> int:
+        if max_steps is not None:
+            return max_steps * self.accumulation
+        whole = math.floor(epochs)
+        packs = sum(len(self._epoch(epoch)) for epoch in range(whole))
+        if epochs > whole:
+            packs += math.ceil((epochs - whole) * len(self._epoch(whole)))
+        return packs
+
+    def steps(self, start_step: int = 0) -> Iterator[list[Batch]]:
+        """The packs of each step from `start_step` to the end of the run."""
+        packs = self._packs(start_step * self.accumulation)
+        for step in range(start_step, self.total_steps):
+            taken = step * self.accumulation
+            count = min(self.accumulation, self.total_packs - taken)
+            yield [self.collate(next(packs)) for _ in range(count)]
+
+    def _packs(self, skip: int) -> Iterator[list[Document]]:
+        epoch = 0
+        while True:
+            packs = self._epoch(epoch)
+            for pack in packs[skip:]:
+                yield [self.documents[index] for index in pack]
+            skip = max(0, skip - len(packs))
+            epoch += 1
+
+    @property
+    def packs_per_epoch(self) -> int:
+        return len(self._epoch(0))

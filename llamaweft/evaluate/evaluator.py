@@ -1,0 +1,121 @@
+"""Measuring a model on held-out rows: its loss, and its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from llamaweft.data.chat import Document, Tokenizer, prompt_ids, stop_ids
+from llamaweft.data.formats import Example
+from llamaweft.evaluate.metrics import ANSWER_METRICS, Parts, summarise
+from llamaweft.generate.generate import generate_batch
+
+Progress = Callable[[int, int], None]
+EXAMPLES_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One held-out prompt with what was expected and what the model said."""
+
+    where: str
+    prompt: str
+    reference: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Held-out documents and how to measure on them.
+
+    metrics: names; those of ANSWER_METRICS generate an answer for each row.
+    loss_parts: model and documents -> for each document, (summed loss in nats, trained weight).
+    max_rows: rows that answers are generated for, the first ones.
+    micro_batch_tokens: tokens computed at once for the loss.
+    """
+
+    metrics: Sequence[str]
+    documents: list[Document]
+    examples: list[Example]
+    tokenizer: Tokenizer
+    loss_parts: Callable[[Any, list[Document]], list[Parts]]
+    max_rows: int
+    max_new_tokens: int
+    micro_batch_tokens: int
+
+    def measure(
+        self, model: Any, progress: Progress | None = None
+    ) -> tuple[dict[str, dict[str, float]], list[Answer]]:
+        """Every metric as {"value", "low", "high", "count"}, and the answers behind them."""
+        model.eval()
+        results: dict[str, dict[str, float]] = {}
+        wanted = [name for name in self.metrics if name in ANSWER_METRICS]
+        answers = self.answers(model, progress) if wanted else []
+        losses = self._losses(model) if {"loss", "perplexity"} & set(self.metrics) else []
+        for name in self.metrics:
+            match name:
+                case "loss":
+                    value = summarise(losses)
+                case "perplexity":
+                    value = summarise(losses, np.exp)
+                case _:
+                    measure = ANSWER_METRICS[name]
+                    value = summarise([measure(a.answer, a.reference) for a in answers])
+            results[name] = asdict(value)
+        return results, answers
+
+    def answers(self, model: Any, progress: Progress | None = None) -> list[Answer]:
+        """The model's greedy answer to the last turn of each of the first `max_rows` chats."""
+        chats = [e for e in self.examples if e.messages and e.messages[-1]["role"] == "assistant"]
+        chats = chats[: self.max_rows]
+        prompts = [prompt_ids(self.tokenizer, list(e.messages[:-1]), e.where) for e in chats]
+        generated = generate_batch(
+            model,
+            prompts,
+            stop_ids(self.tokenizer),
+            max_new_tokens=self.max_new_tokens,
+            progress=None if progress is None else lambda done: progress(done, len(chats)),
+        )
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in generated]
+        return [
+            Answer(e.where, e.messages[-2]["content"], e.messages[-1]["content"], text)
+            for e, text in zip(chats, texts, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def _losses(self, model: Any) -> list[Parts]:
+        parts: list[Parts] = []
+        batch: list[Document] = []
+        for document in sorted(self.documents, key=lambda d: len(d.ids)):
+            tokens = sum(len(d.ids) for d in batch)
+            if batch and tokens + len(document.ids) > self.micro_batch_tokens:
+                parts += self.loss_parts(model, batch)
+                batch = []
+            batch.append(document)
+        return parts + self.loss_parts(model, batch)
+
+
+def side_by_side(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """The content of evaluation.json from two measurements {"metrics", "answers"} on the same
+    rows: both sides' metrics, and some of the answers beside each other."""
+    pairs = list(zip(before["answers"], after["answers"], strict=True))
+    shown = pairs[:: max(1, len(pairs) // EXAMPLES_SHOWN)][:EXAMPLES_SHOWN]
+    return {
+        "name": "held-out rows",
+        "before": {"metrics": before["metrics"]},
+        "after": {"metrics": after["metrics"]},
+        "examples": [
+            {
+                "where": b["where"],
+                "prompt": b["prompt"],
+                "reference": b["reference"],
+                "before": b["answer"],
+                "after": a["answer"],
+            }
+            for b, a in shown
+        ],
+    }

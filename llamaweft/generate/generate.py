@@ -1,0 +1,119 @@
+"""Answers from prompts: batched for evaluation, streamed for a chat.
+
+B: sequences
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llamaweft.errors import UserError
+from llamaweft.generate.kv_cache import Decode, KVCache, Prefill
+from llamaweft.generate.sampling import Sampling, sample
+from llamaweft.model.llama import LlamaForCausalLM
+from llamaweft.model.pack import Pack
+
+
+class _Prompt:
+    """A document without labels."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self.ids = np.asarray(ids, dtype=np.int64)
+        self.weights = np.zeros(len(self.ids), np.float32)
+
+
+class Session:
+    """A cache with its model: feed tokens, get the logits of what follows each row."""
+
+    def __init__(self, model: LlamaForCausalLM, batch: int, room: int) -> None:
+        self.model, self.room = model, room
+        dtype = model.model.compute_dtype
+        self.cache = KVCache(model.config, batch, room, dtype, model.device)
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """logits_BV after each prompt. Nothing is padded: the prompts are one pack."""
+        pack = Pack.from_documents([_Prompt(ids) for ids in prompts]).to(self.model.device)
+        attend = Prefill(self.cache, pack)
+        hidden_TE = self.model.model(pack.ids_T, pack.positions_T + attend.before, attend)
+        attend.finish()
+        last_B = torch.tensor(pack.lengths, device=self.model.device).cumsum(0) - 1
+        return self.model.lm_head(hidden_TE[last_B])
+
+    def decode(self, ids_B: Tensor) -> Tensor:
+        """logits_BV after one more token in each row."""
+        attend = Decode(self.cache)
+        hidden_BE = self.model.model(ids_B, self.cache.used_B, attend)
+        attend.finish()
+        return self.model.lm_head(hidden_BE)
+
+
+@torch.inference_mode()
+def generate_batch(
+    model: LlamaForCausalLM,
+    prompts: Sequence[Sequence[int]],
+    stop_ids: set[int],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """The greedy answer to each prompt as token ids, without the stop token, in the given order.
+
+    Prompts of like length share a batch; a finished sequence leaves it. `progress` is called
+    with the number of finished prompts.
+    """
+    answers: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        room = max(len(prompts[i]) for i in rows) + max_new_tokens
+        session = Session(model, len(rows), room)
+        logits_BV = session.prefill([prompts[i] for i in rows])
+        for _ in range(max_new_tokens):
+            ids_B = logits_BV.argmax(dim=-1)
+            alive = [b for b, token in enumerate(ids_B.tolist()) if token not in stop_ids]
+            if len(alive) < len(rows):
+                rows = [rows[b] for b in alive]
+                kept = torch.tensor(alive, dtype=torch.int64, device=ids_B.device)
+                session.cache.keep(kept)
+                ids_B = ids_B[kept]
+            if not rows:
+                break
+            for row, token in zip(rows, ids_B.tolist(), strict=True):
+                answers[row].append(token)
+            logits_BV = session.decode(ids_B)
+        if progress is not None:
+            progress(min(start + batch_size, len(order)))
+    return answers
+
+
+@torch.inference_mode()
+def generate_stream(
+    session: Session,
+    prompt: Sequence[int],
+    stop_ids: set[int],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    generator: torch.Generator | None = None,
+) -> Iterator[int]:
+    """The answer's tokens one by one, without the stop token. `prompt` continues what the
+    session holds. Raises UserError when the prompt does not fit."""
+    used = int(session.cache.used_B.max())
+    left = session.room - used - len(prompt)
+    if left < 1:
+        raise UserError(
+            f"the chat has {used + len(prompt)} tokens and there is room for {session.room}; "
+            "start a new one with /new"
+        )
+    logits_BV = session.prefill([prompt])
+    for _ in range(min(max_new_tokens, left)):
+        ids_B = sample(logits_BV, sampling, generator)
+        if int(ids_B) in stop_ids:
+            return
+        yield int(ids_B)
+        logits_BV = session.decode(ids_B)

@@ -1,0 +1,106 @@
+"""The key-value cache of a batch of sequences, and attention to it.
+
+B: sequences   S: room for positions   T: tokens of a pack   H: heads   K: key-value heads
+D: head size
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llamaweft.model.attention import PackAttention
+from llamaweft.model.pack import Pack
+from llamaweft.model.presets import LlamaConfig
+
+
+class KVCache:
+    """Keys and values of every layer, [B, K, S, D], and how many positions each row holds."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        batch: int,
+        room: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (batch, config.num_key_value_heads, room, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.used_B = torch.zeros(batch, dtype=torch.int64, device=device)
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all sequences but `rows` (indices into B)."""
+        self.keys = [k[rows] for k in self.keys]
+        self.values = [v[rows] for v in self.values]
+        self.used_B = self.used_B[rows]
+
+    def bytes(self) -> int:
+        return sum(t.nbytes for t in [*self.keys, *self.values])
+
+
+class Prefill:
+    """Attention of new tokens to themselves and to what the cache holds, kept in the cache.
+
+    Segment b of the pack continues row b. With an empty cache this is the pack's own attention;
+    a filled cache (the next turn of a chat) is for a single row.
+    """
+
+    def __init__(self, cache: KVCache, pack: Pack) -> None:
+        self.cache, self.lengths = cache, pack.lengths
+        self.fresh = PackAttention(pack)
+        self.before = int(cache.used_B.max())
+        assert self.before == 0 or len(self.lengths) == 1
+
+    def __call__(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        rows = zip(k_TKD.split(self.lengths), v_TKD.split(self.lengths), strict=True)
+        for row, (k_LKD, v_LKD) in enumerate(rows):
+            place = slice(self.before, self.before + len(k_LKD))
+            keys[row, :, place] = k_LKD.transpose(0, 1)
+            values[row, :, place] = v_LKD.transpose(0, 1)
+        if self.before == 0:
+            return self.fresh(layer, q_THD, k_TKD, v_TKD)
+        end = self.before + len(q_THD)
+        seen_LJ = torch.ones(len(q_THD), end, dtype=torch.bool, device=q_THD.device)
+        o_HLD = F.scaled_dot_product_attention(
+            q_THD.transpose(0, 1)[None],
+            keys[:, :, :end],
+            values[:, :, :end],
+            attn_mask=seen_LJ.tril(self.before),
+            enable_gqa=True,
+        )
+        return o_HLD[0].transpose(0, 1)
+
+    def finish(self) -> None:
+        self.cache.used_B += torch.tensor(self.lengths, device=self.cache.used_B.device)
+
+
+class Decode:
+    """Attention of one new token for each row to all that its row holds, itself included."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self.cache = cache
+        self.rows_B = torch.arange(len(cache.used_B), device=cache.used_B.device)
+        self.end = int(cache.used_B.max()) + 1
+        places_S = torch.arange(self.end, device=cache.used_B.device)
+        self.seen_B11S = (places_S <= cache.used_B[:, None])[:, None, None, :]
+
+    def __call__(self, layer: int, q_BHD: Tensor, k_BKD: Tensor, v_BKD: Tensor) -> Tensor:
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys[self.rows_B, :, self.cache.used_B] = k_BKD
+        values[self.rows_B, :, self.cache.used_B] = v_BKD
+        o_BH1D = F.scaled_dot_product_attention(
+            q_BHD[:, :, None],
+            keys[:, :, : self.end],
+            values[:, :, : self.end],
+            attn_mask=self.seen_B11S,
+            enable_gqa=True,
+        )
+        return o_BH1D.squeeze(2)
+
+    def finish(self) -> None:
+        self.cache.used_B += 1

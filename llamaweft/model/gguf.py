@@ -1,0 +1,248 @@
+"""From a GGUF file of the Llama architecture to a Hugging Face folder.
+
+The layout is llama.cpp's: names and the order of rows as convert_hf_to_gguf.py writes them, the
+numbers of each quantisation as the `gguf` library reads them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGUFReader
+from gguf.constants import GGUF_MAGIC
+from gguf.quants import dequantize
+from safetensors.torch import save_file
+
+from llamaweft.errors import UserError
+from llamaweft.model.gguf_config import gguf_config
+from llamaweft.model.gguf_tokenizer import save_gguf_tokenizer
+from llamaweft.model.presets import LlamaConfig
+from llamaweft.runtime import DTYPES
+
+Reading = tuple[str, Callable[[], np.ndarray]]
+"""A tensor's Hugging Face name, and what reads it."""
+
+# One shard is held in memory while it is filled, so its size bounds what a conversion needs.
+SHARD_BYTES = 2_000_000_000
+
+TOP_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+LAYER_NAMES = {
+    "attn_q.weight": "self_attn.q_proj.weight",
+    "attn_k.weight": "self_attn.k_proj.weight",
+    "attn_v.weight": "self_attn.v_proj.weight",
+    "attn_output.weight": "self_attn.o_proj.weight",
+    "ffn_gate.weight": "mlp.gate_proj.weight",
+    "ffn_up.weight": "mlp.up_proj.weight",
+    "ffn_down.weight": "mlp.down_proj.weight",
+    "attn_norm.weight": "input_layernorm.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+}
+
+
+def convert_gguf(path: Path, folder: Path, dtype: str = "fp32") -> None:
+    """Write the model in a GGUF file as a Hugging Face folder.
+
+    The folder holds config.json, generation_config.json, model.safetensors (or shards with an
+    index) and the tokenizer. `dtype`: fp32 or bf16. It appears complete or not at all.
+
+    Raises UserError when the file is missing, not GGUF, cut short, of another architecture or
+    uses what is not built, and when the folder exists and is not empty.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is unknown: give one of {', '.join(DTYPES)}.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not empty: name a new folder.")
+    reader = _open(path)
+    config = gguf_config(reader, path)
+    tensors = _tensors(reader, config, path)
+    aside = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        _write_configs(aside, config, dtype)
+        _write_weights(aside, tensors, DTYPES[dtype])
+        save_gguf_tokenizer(reader, path, aside, config.vocab_size)
+        _flush(aside)
+        if folder.exists():
+            folder.rmdir()  # Windows renames onto nothing that exists
+        aside.rename(folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _open(path: Path) -> GGUFReader:
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): name a .gguf file.") from None
+    if magic != GGUF_MAGIC.to_bytes(4, "little"):
+        raise UserError(f"{path}: is not a GGUF file: name a .gguf file.")
+    try:
+        return GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        raise UserError(
+            f"{path}: cannot be read as GGUF, most likely because it is cut short ({error}): "
+            "download it again."
+        ) from None
+
+
+def _tensors(reader: GGUFReader, config: LlamaConfig, path: Path) -> list[Reading]:
+    """Name and reading of every tensor, in the order of the file, once all are known to fit."""
+    wanted = _shapes(config)
+    found: list[Reading] = []
+    for tensor in reader.tensors:
+        if tensor.name == "rope_freqs.weight":
+            continue
+        name = _hugging_face_name(tensor.name)
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        if name not in wanted:
+            raise UserError(
+                f"{path}: the tensor {tensor.name} is not part of a Llama model: "
+                "give a plain Llama model."
+            )
+        if shape != wanted.pop(name):
+            raise UserError(
+                f"{path}: the tensor {tensor.name} has the shape {shape}, which the metadata "
+                "contradicts: download the file again."
+            )
+        found.append((name, partial(_read, tensor, name, config, path)))
+    if wanted:
+        raise UserError(
+            f"{path}: {next(iter(wanted))} is missing: give a file that holds a whole model."
+        )
+    return found
+
+
+def _shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model under its Hugging Face name."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    layer = {
+        "self_attn.q_proj.weight": (q, hidden),
+        "self_attn.k_proj.weight": (kv, hidden),
+        "self_attn.v_proj.weight": (kv, hidden),
+        "self_attn.o_proj.weight": (hidden, q),
+        "mlp.gate_proj.weight": (inner, hidden),
+        "mlp.up_proj.weight": (inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner),
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+    }
+    for index in range(config.num_hidden_layers):
+        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+    return shapes
+
+
+def _hugging_face_name(name: str) -> str:
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; unknown names stay."""
+    if name.startswith("blk."):
+        _, layer, rest = name.split(".", 2)
+        return f"model.layers.{layer}.{LAYER_NAMES.get(rest, rest)}"
+    return TOP_NAMES.get(name, name)
+
+
+def _read(tensor: Any, name: str, config: LlamaConfig, path: Path) -> np.ndarray:
+    try:
+        values = dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError:
+        raise UserError(
+            f"{path}: the quantisation {tensor.tensor_type.name} of {tensor.name} cannot be read: "
+            "give a file in another quantisation."
+        ) from None
+    if name.endswith("q_proj.weight"):
+        return split_halves(values, config.num_attention_heads)
+    if name.endswith("k_proj.weight"):
+        return split_halves(values, config.num_key_value_heads)
+    return values
+
+
+def split_halves(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Undo llama.cpp's order of the query and key rows.
+
+    llama.cpp turns neighbouring rows (2i, 2i + 1) of a head, Hugging Face rows (i, i + D/2);
+    `LlamaModel.permute` of convert_hf_to_gguf.py went the other way.
+    """
+    pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _shards(tensors: list[Reading], dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor]]:
+    shard: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, read in tensors:
+        tensor = torch.from_numpy(np.array(read(), dtype=np.float32)).to(dtype)
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield shard
+
+
+def _write_weights(folder: Path, tensors: list[Reading], dtype: torch.dtype) -> None:
+    """model.safetensors, or shards and model.safetensors.index.json as transformers names them."""
+    written: list[list[str]] = []
+    total = 0
+    for shard in _shards(tensors, dtype):
+        save_file(shard, folder / f"shard-{len(written)}", metadata={"format": "pt"})
+        written.append(list(shard))
+        total += sum(tensor.nbytes for tensor in shard.values())
+    if len(written) == 1:
+        (folder / "shard-0").rename(folder / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for index, names in enumerate(written):
+        file = f"model-{index + 1:05d}-of-{len(written):05d}.safetensors"
+        (folder / f"shard-{index}").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    _write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": total}, "weight_map": weight_map},
+    )
+
+
+def _write_configs(folder: Path, config: LlamaConfig, dtype: str) -> None:
+    name = str(DTYPES[dtype]).removeprefix("torch.")
+    # transformers 4 reads torch_dtype, 5 dtype.
+    _write_json(folder / "config.json", {**config.to_dict(), "dtype": name, "torch_dtype": name})
+    ids = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+    }
+    known = {key: value for key, value in ids.items() if value is not None}
+    _write_json(folder / "generation_config.json", known)
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _flush(folder: Path) -> None:
+    """Onto the disk, so that the folder's new name never stands for missing bytes."""
+    mode = (folder / "config.json").stat().st_mode
+    for path in folder.iterdir():
+        path.chmod(mode)  # safetensors lets only the owner read
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())

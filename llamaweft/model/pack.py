@@ -1,0 +1,116 @@
+"""The pack: the one form in which documents reach the model.
+
+A pack is a flat run of T tokens, cut into S segments. A document attends to its own
+segment and to that segment's ancestors: a shared prefix is a parent, and without sharing
+every document is one segment without a parent. There is no padding and no T x T mask.
+
+Labels are N triples (position, target, weight) instead of a label per token, because the
+last position of a shared prefix has one target for each of its children, and positions
+without a label cost no logits.
+
+T: tokens of the pack   S: segments   N: labels
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class DocumentLike(Protocol):
+    """What a pack is made of: token ids, and how much each token counts as a target."""
+
+    @property
+    def ids(self) -> np.ndarray: ...
+
+    @property
+    def weights(self) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Pack:
+    """One micro-batch.
+
+    ids_T, positions_T (int64): tokens and their positions within the document.
+    segment_T (int64): the segment of each token; segments are contiguous and numbered in order.
+    parent_S (int64): the parent of each segment, always an earlier one, or -1.
+    label_position_N (int64): the index into T whose output predicts the target.
+    label_target_N (int64), label_weight_N (float32): the target token and its weight.
+    label_sequence_N (int64): the document that a label belongs to.
+    """
+
+    ids_T: Tensor
+    positions_T: Tensor
+    segment_T: Tensor
+    parent_S: Tensor
+    label_position_N: Tensor
+    label_target_N: Tensor
+    label_weight_N: Tensor
+    label_sequence_N: Tensor
+
+    @classmethod
+    def from_documents(cls, documents: Sequence[DocumentLike]) -> Pack:
+        """A pack without sharing: one segment a document, positions from 0 in each.
+
+        The first token of a document has no context, so it is never a target.
+        """
+        lengths = [len(document.ids) for document in documents]
+        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
+        position, target, weight, sequence = [], [], [], []
+        for index, (document, start) in enumerate(zip(documents, starts, strict=True)):
+            trained = np.flatnonzero(document.weights[1:]) + 1
+            position.append(start + trained - 1)
+            target.append(document.ids[trained])
+            weight.append(document.weights[trained])
+            sequence.append(np.full(len(trained), index))
+        return cls(
+            ids_T=_int64(np.concatenate([document.ids for document in documents])),
+            positions_T=_int64(np.concatenate([np.arange(n) for n in lengths])),
+            segment_T=_int64(np.repeat(np.arange(len(lengths)), lengths)),
+            parent_S=torch.full((len(lengths),), -1, dtype=torch.int64),
+            label_position_N=_int64(np.concatenate(position)),
+            label_target_N=_int64(np.concatenate(target)),
+            label_weight_N=torch.from_numpy(np.concatenate(weight).astype(np.float32)),
+            label_sequence_N=_int64(np.concatenate(sequence)),
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are computed."""
+        return len(self.ids_T)
+
+    @property
+    def trained_tokens(self) -> int:
+        """Labels: tokens that the loss is taken on."""
+        return len(self.label_target_N)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each segment."""
+        return torch.bincount(self.segment_T, minlength=len(self.parent_S)).tolist()
+
+    @cached_property
+    def parents(self) -> list[int]:
+        return self.parent_S.tolist()
+
+    def ancestors(self, segment: int) -> list[int]:
+        """The segments that `segment` continues, the outermost first."""
+        chain: list[int] = []
+        while (segment := self.parents[segment]) >= 0:
+            chain.insert(0, segment)
+        return chain
+
+    def to(self, device: torch.device) -> Pack:
+        """The same pack on `device`."""
+        moved = {field.name: getattr(self, field.name).to(device) for field in fields(self)}
+        return Pack(**moved)
+
+
+def _int64(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values.astype(np.int64))

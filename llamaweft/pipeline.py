@@ -1,0 +1,518 @@
+"""Where the rooms meet: builds the pieces that a recipe names and hands them to each other.
+
+As a library: `Pipeline(Recipe.load("recipe.yaml")).train()`.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llamaweft.adapters.folder import load_adapter_state, read_adapter, save_adapter
+from llamaweft.adapters.lora import LAYER_LINEARS, LoraConfig, inject
+from llamaweft.data.chat import Document, stop_ids
+from llamaweft.data.formats import Example
+from llamaweft.data.loader import Loader
+from llamaweft.data.prepare import Preparation, Prepared
+from llamaweft.errors import UserError
+from llamaweft.evaluate.evaluator import Evaluator, side_by_side
+from llamaweft.evaluate.report import ReportInput, write_report
+from llamaweft.export.hf import export_merged
+from llamaweft.model.llama import LlamaForCausalLM
+from llamaweft.model.load import find_folder, load_causal_lm, read_config, read_tensors
+from llamaweft.model.pack import Pack
+from llamaweft.model.presets import LlamaConfig, parameter_count
+from llamaweft.model.tokenizer import load_tokenizer
+from llamaweft.plan.flops import training_flops
+from llamaweft.plan.hardware import available_bytes, matmul_flops_per_second
+from llamaweft.plan.memory import Schedule, Workload, adapter_parameters, solve
+from llamaweft.plan.plan import Plan, make_plan
+from llamaweft.recipe import Recipe
+from llamaweft.runtime import DTYPES, Runtime, choose_runtime, environment, seed_everything
+from llamaweft.train.checkpoint import LoopState, complete_checkpoints
+from llamaweft.train.events import Announcer, Listener, StopRequest
+from llamaweft.train.loop import Loop, Settings
+from llamaweft.train.metrics import MetricsFile, read_metrics
+from llamaweft.train.optim import build_adamw, trained_parameters
+from llamaweft.train.run_folder import RunFolder, need_disk, read_json, write_json, write_text
+from llamaweft.train.schedule import LearningRate
+
+Progress = Callable[[int, int], None]
+
+
+class Pipeline:
+    """A recipe and the pieces it names, each built when it is first asked for."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.run_folder = RunFolder(Path(recipe.output_dir))
+
+    # --- the pieces ---------------------------------------------------------------------------
+
+    @cached_property
+    def runtime(self) -> Runtime:
+        return choose_runtime(self.recipe.training.device, self.recipe.training.compute_dtype)
+
+    @cached_property
+    def model_folder(self) -> Path:
+        return find_folder(self.recipe.model)
+
+    @cached_property
+    def config(self) -> LlamaConfig:
+        return read_config(self.model_folder)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.model_folder)
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapter, or None for full fine-tuning."""
+        adapter = self.recipe.adapter
+        if adapter.method == "none":
+            return None
+        targets = (
+            LAYER_LINEARS if adapter.target_modules == "all-linear" else adapter.target_modules
+        )
+        return LoraConfig(
+            adapter.r, adapter.lora_alpha, adapter.lora_dropout, adapter.use_rslora, tuple(targets)
+        )
+
+    @property
+    def base_weights(self) -> str:
+        """fp32 or bf16: how frozen weights are held."""
+        chosen = self.recipe.base_weights
+        return self.runtime.compute_dtype_name if chosen == "auto" else chosen
+
+    @cached_property
+    def preparation(self) -> Preparation:
+        data = self.recipe.data
+        return Preparation(
+            tokenizer=self.tokenizer,
+            task=self.recipe.task,
+            train_on=data.train_on,
+            max_length_tokens=data.max_length_tokens,
+            on_too_long=data.on_too_long,
+            seed=self.recipe.training.seed,
+        )
+
+    @cached_property
+    def data(self) -> Prepared:
+        train = [(rows, rows.weight) for rows in self.recipe.data.train]
+        held = self.recipe.data.validation
+        fraction = held.fraction if held else None
+        return self.preparation.prepare(train, None if fraction else held, fraction)
+
+    @cached_property
+    def loader(self) -> Loader[Pack]:
+        training = self.recipe.training
+        return Loader(
+            self.data.documents,
+            Pack.from_documents,
+            micro_batch_tokens=training.micro_batch_tokens,
+            accumulation=training.gradient_accumulation_steps,
+            epochs=training.num_train_epochs,
+            max_steps=training.max_steps,
+            weights=self.data.weights,
+            seed=training.seed,
+        )
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        return solve(self.workload, self.recipe.training.memory_budget or self.free_bytes)
+
+    @cached_property
+    def free_bytes(self) -> int:
+        return available_bytes(self.runtime.device)
+
+    @cached_property
+    def workload(self) -> Workload:
+        lengths = [len(d.ids) for d in self.data.documents]
+        labels = sorted(d.trained_tokens / len(d.ids) for d in self.data.documents)
+        pack_tokens = max(self.recipe.training.micro_batch_tokens, *lengths)
+        pack_tokens = min(pack_tokens, sum(lengths))
+        return Workload(
+            config=self.config,
+            pack_tokens=pack_tokens,
+            labels=int(pack_tokens * labels[len(labels) // 2]),
+            rank=self.lora.r if self.lora else None,
+            targets=self.lora.target_modules if self.lora else (),
+            frozen_bytes=DTYPES[self.base_weights].itemsize,
+            compute_bytes=self.runtime.compute_dtype.itemsize,
+        )
+
+    def load_model(self) -> LlamaForCausalLM:
+        """The base model with a fresh adapter, on its device."""
+        model = load_causal_lm(
+            self.model_folder,
+            frozen_dtype=None if self.lora is None else DTYPES[self.base_weights],
+            compute_dtype=self.runtime.compute_dtype,
+            device=self.runtime.device,
+        )
+        if self.lora is not None:
+            inject(model, self.lora)
+        model.model.recompute_layers = self.schedule.recompute_layers
+        return model
+
+    def check_audit(self) -> None:
+        """Raises UserError when a finding blocks training, one line for each."""
+        blocking = self.data.audit.blocking
+        if blocking:
+            raise UserError(
+                "\n".join(
+                    f"the audit blocks on {f.check}: {f.count} of {self.data.audit.rows} rows, "
+                    f"the first {f.examples[0]}: {f.remedy}"
+                    for f in blocking
+                )
+            )
+
+    # --- plan ---------------------------------------------------------------------------------
+
+    def plan(self) -> Plan:
+        """Memory, time and decisions; measures the matmul rate for half a second."""
+        documents, training = self.data.documents, self.recipe.training
+        tokens = float(self.data.weights @ [len(d.ids) for d in documents])
+        labels = float(self.data.weights @ [d.trained_tokens for d in documents])
+        packs = self.loader.packs_per_epoch
+        packs_per_step = self.loader.total_packs / self.loader.total_steps
+        return make_plan(
+            self.workload,
+            self.schedule,
+            steps=self.loader.total_steps,
+            mean_step_tokens=tokens / packs * packs_per_step,
+            mean_step_labels=labels / packs * packs_per_step,
+            packs_per_epoch=packs,
+            flops_per_second=matmul_flops_per_second(
+                self.runtime.device,
+                self.runtime.compute_dtype,
+                (training.micro_batch_tokens, self.config.hidden_size, self.config.hidden_size),
+            ),
+            budget_bytes=training.memory_budget or self.free_bytes,
+            decisions=self.decisions(),
+        )
+
+    def decisions(self) -> dict[str, str]:
+        """What was chosen, and why: printed once at the start and saved."""
+        runtime, layers = self.runtime, self.config.num_hidden_layers
+        threads = f"{runtime.threads} threads" if runtime.device.type == "cpu" else ""
+        trained = adapter_parameters(self.workload) if self.lora else parameter_count(self.config)
+        method = f"LoRA r {self.lora.r}" if self.lora else "full fine-tuning"
+        again = self.schedule.recompute_layers
+        recompute = (
+            "nothing is recomputed: the activations fit the budget"
+            if again == 0
+            else f"{again} of {layers} layers recompute their activations to fit the budget"
+        )
+        return {
+            "model": f"{self.recipe.model}, {parameter_count(self.config) / 1e6:.1f}M parameters",
+            "device": " ".join([str(runtime.device), threads]).strip(),
+            "compute": f"{runtime.compute_dtype_name}: {runtime.reason}",
+            "weights": f"frozen weights held in {self.base_weights}"
+            if self.lora
+            else "every weight is trained in fp32",
+            "trained": f"{method}, {trained / 1e6:.2f}M parameters",
+            "recompute": recompute,
+        }
+
+    # --- training -----------------------------------------------------------------------------
+
+    @cached_property
+    def evaluator(self) -> Evaluator | None:
+        """Measures on the held-out rows; None where nothing is held out."""
+        if not self.data.validation:
+            return None
+        return self.evaluator_on(self.data.validation, self.data.validation_documents)
+
+    def evaluator_on(
+        self,
+        examples: list[Example],
+        documents: list[Document],
+        metrics: Sequence[str] | None = None,
+    ) -> Evaluator:
+        """The recipe's metrics, or others, on these rows."""
+        measuring = self.recipe.evaluation
+        return Evaluator(
+            metrics=metrics or measuring.metrics,
+            documents=documents,
+            examples=examples,
+            tokenizer=self.tokenizer,
+            loss_parts=_loss_parts,
+            max_rows=measuring.max_rows,
+            max_new_tokens=measuring.max_new_tokens,
+            micro_batch_tokens=self.recipe.training.micro_batch_tokens,
+        )
+
+    def train(
+        self,
+        *,
+        resume: bool = False,
+        listeners: Sequence[Listener] = (),
+        stop: StopRequest | None = None,
+        say: Callable[[str], None] = lambda what: None,
+        progress: Progress | None = None,
+    ) -> dict[str, Any]:
+        """Run the recipe, from its data to evaluation.json and the report.
+
+        resume: go on from the newest complete checkpoint, or start if there is none.
+        say: told what is going on. progress: (done, of all) answers of an evaluation.
+        Returns {"step", "reason", "evaluation"}; the evaluation is None where nothing is held
+        out or the run was stopped. Raises UserError for everything that is wrong with recipe,
+        data, model or disk, before anything is written.
+        """
+        folder = self.run_folder
+        folder.check_free(resume)
+        say("reading the data")
+        self.check_audit()
+        plan = self.plan()
+        need_disk(folder.root, self._disk_bytes(), "the run")
+        folder.lock()
+        try:
+            checkpoint = self._open_folder(plan, resume)
+            seed_everything(self.recipe.training.seed)
+            say("loading the model")
+            model = self.load_model()
+            judge = Judge(self, model, progress)
+            loop = self._loop(model, judge, listeners, stop or StopRequest())
+            if checkpoint is not None:
+                say(f"resuming from {checkpoint.name}")
+                loop.resume(checkpoint)
+            elif self.evaluator is not None:
+                say("measuring the untouched model")
+                loop.state.before = judge.measured()
+            return self._finish(loop, judge, resumed=checkpoint is not None, say=say)
+        finally:
+            folder.unlock()
+
+    def _disk_bytes(self) -> int:
+        """What checkpoints (weights and two moments each), the result and the logs will need."""
+        trained = adapter_parameters(self.workload) if self.lora else parameter_count(self.config)
+        checkpoints = (self.recipe.training.save_total_limit + 1) * 12 * trained
+        return checkpoints + 2 * 4 * trained + 16 * 2**20
+
+    def _open_folder(self, plan: Plan, resume: bool) -> Path | None:
+        """Write what a run starts with, or check it against the run that goes on."""
+        folder, text = self.run_folder, self.recipe.dump()
+        if resume and folder.holds_run:
+            changed = Recipe.load(folder.recipe).changed_keys(Recipe.load_text(text))
+            if changed:
+                raise UserError(
+                    f"--resume goes on with the recipe in {folder.recipe}, and {changed[0]} is "
+                    "different now; change it back, or start a new run in another output_dir"
+                )
+        else:
+            write_json(folder.environment, environment(self.runtime))
+            write_json(folder.audit, self.data.audit.to_dict())
+            write_json(folder.plan, plan.to_dict())
+            write_text(folder.recipe, text)
+        newest = complete_checkpoints(folder.checkpoints)[-1:]
+        return newest[0] if newest else None
+
+    def _loop(
+        self,
+        model: LlamaForCausalLM,
+        judge: Judge,
+        listeners: Sequence[Listener],
+        stop: StopRequest,
+    ) -> Loop:
+        training, measuring = self.recipe.training, self.recipe.evaluation
+        parameters = trained_parameters(model)
+        total = self.loader.total_steps
+        return Loop(
+            model=model,
+            parameters=parameters,
+            objective=model.loss,
+            loader=self.loader,
+            optimizer=build_adamw(
+                parameters,
+                weight_decay=training.weight_decay,
+                betas=(training.adam_beta1, training.adam_beta2),
+                eps=training.adam_epsilon,
+            ),
+            learning_rate=LearningRate(
+                training.learning_rate,
+                training.lr_scheduler_type,
+                total,
+                round(training.warmup_ratio * total),
+            ),
+            evaluator=judge if self.evaluator else None,
+            keep_best=judge.keep_best,
+            useful_flops=self._useful_flops,
+            settings=Settings(
+                checkpoints=self.run_folder.checkpoints,
+                checkpoint_every_steps=training.checkpoint_every_steps,
+                save_total_limit=training.save_total_limit,
+                evaluate_every_steps=measuring.every_steps,
+                early_stopping_patience=measuring.early_stopping_patience,
+                max_grad_norm=training.max_grad_norm,
+                best_metric=measuring.metrics[0],
+            ),
+            announce=Announcer([*listeners, *self._trackers()]),
+            stop=stop,
+            device=self.runtime.device,
+            state=LoopState(),
+        )
+
+    def _trackers(self) -> list[Listener]:
+        names = self.recipe.training.report_to
+        if not names:
+            return []
+        from llamaweft.train.trackers import Trackers  # Accelerate is slow to import
+
+        return [Trackers(names, self.run_folder.root, self.recipe.model_dump(mode="json"))]
+
+    def _useful_flops(self, packs: list[Pack]) -> float:
+        tokens, labels = sum(p.tokens for p in packs), sum(p.trained_tokens for p in packs)
+        return training_flops(self.config, tokens, labels, frozen_base=self.lora is not None)
+
+    def _finish(
+        self, loop: Loop, judge: Judge, *, resumed: bool, say: Callable[[str], None]
+    ) -> dict[str, Any]:
+        """Run the loop, judge what it kept, and write evaluation.json and the report."""
+        folder = self.run_folder
+        metrics = MetricsFile(folder.metrics, loop.state.step if resumed else None)
+        loop.announce.listeners.insert(0, metrics)
+        try:
+            reason = loop.run()
+        finally:
+            metrics.close()
+        result: dict[str, Any] = {"step": loop.state.step, "reason": reason, "evaluation": None}
+        if loop.stop.reason is None and self.evaluator is not None:
+            if judge.best is None:  # it was found before a resume
+                say("measuring the best weights")
+                self.restore(judge.model)
+                judge.best = judge.measured()
+            result["evaluation"] = side_by_side(loop.state.before, judge.best)
+            write_json(folder.evaluation, result["evaluation"])
+        if loop.stop.reason is None:
+            write_run_report(folder)
+        return result
+
+    # --- what a run leaves ----------------------------------------------------------------------
+
+    def save_trained(self, model: LlamaForCausalLM) -> None:
+        """Put the trained weights into the run folder: adapter/, or model/ for full fine-tuning."""
+        folder = self.run_folder
+        target = folder.model if self.lora is None else folder.adapter
+        aside = target.with_name(f".{target.name}.new")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        if self.lora is None:
+            export_merged(model, self.tokenizer, aside, "fp32", stop_ids(self.tokenizer))
+        else:
+            save_adapter(model, self.lora, base_name(self.recipe.model, self.model_folder), aside)
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            target.rename(old)
+        aside.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def restore(self, model: LlamaForCausalLM) -> None:
+        """Load what `save_trained` wrote into a model of this pipeline."""
+        folder = self.run_folder
+        if self.lora is None:
+            copy_weights(folder.model, model)
+        else:
+            load_adapter_state(model, read_adapter(folder.adapter)[2], str(folder.adapter))
+
+    def trained_model(self) -> LlamaForCausalLM:
+        """The model that the run trained. Raises UserError when there is none yet."""
+        folder = self.run_folder
+        if not (folder.model if self.lora is None else folder.adapter).exists():
+            raise UserError(
+                f"the run {folder.root} has no trained weights yet; go on with "
+                f"`llamaweft train {shlex.quote(str(folder.recipe))} --resume`"
+            )
+        model = load_causal_lm(
+            self.model_folder if self.lora else folder.model,
+            frozen_dtype=DTYPES[self.base_weights],
+            compute_dtype=self.runtime.compute_dtype,
+            device=self.runtime.device,
+        )
+        if self.lora is not None:
+            inject(model, self.lora)
+            self.restore(model)
+        return model.eval()
+
+    @property
+    def export_dtype(self) -> str:
+        """fp32 where the base is held in fp32 (or was trained whole), else bf16."""
+        return "fp32" if self.lora is None or self.base_weights == "fp32" else "bf16"
+
+
+class Judge:
+    """Measures the model on the held-out rows, and keeps the best weights with their answers."""
+
+    def __init__(
+        self, pipeline: Pipeline, model: LlamaForCausalLM, progress: Progress | None
+    ) -> None:
+        self.pipeline, self.model, self.progress = pipeline, model, progress
+        self.latest: dict[str, Any] | None = None
+        self.best: dict[str, Any] | None = None
+
+    def measured(self) -> dict[str, Any]:
+        """{"metrics": ..., "answers": ...} of the model as it is."""
+        assert self.pipeline.evaluator is not None
+        metrics, answers = self.pipeline.evaluator.measure(self.model, self.progress)
+        return {"metrics": metrics, "answers": [asdict(answer) for answer in answers]}
+
+    def __call__(self) -> dict[str, dict[str, float]]:
+        self.latest = self.measured()
+        return self.latest["metrics"]
+
+    def keep_best(self) -> None:
+        self.best = self.latest
+        self.pipeline.save_trained(self.model)
+
+
+def open_run(name: str | Path) -> Pipeline | None:
+    """The pipeline of a run folder, or None where `name` is not one."""
+    folder = Path(name)
+    if not (folder / "recipe.yaml").is_file():
+        return None
+    recipe = Recipe.load(folder / "recipe.yaml", [f"output_dir={json.dumps(str(folder))}"])
+    return Pipeline(recipe)
+
+
+def write_run_report(folder: RunFolder) -> None:
+    """report.html and report.md from the files of a run folder."""
+    found = sorted(folder.root.glob("evaluation*.json"))
+    write_report(
+        ReportInput(
+            title=folder.root.resolve().name,
+            command=f"llamaweft train {shlex.quote(str(folder.recipe))} output_dir=NEW_FOLDER",
+            recipe_yaml=folder.recipe.read_text(encoding="utf-8"),
+            environment=read_json(folder.environment),
+            audit=read_json(folder.audit),
+            plan=read_json(folder.plan),
+            metrics=read_metrics(folder.metrics),
+            evaluations=[read_json(path) for path in found],
+        ),
+        folder.report_html,
+        folder.report_md,
+    )
+
+
+def base_name(model: str, folder: Path) -> str:
+    """What an adapter calls its base: an absolute path, or the hub id."""
+    is_hub_id = not (model.startswith("builtin:") or Path(model).exists())
+    return model if is_hub_id else str(folder.resolve())
+
+
+def copy_weights(folder: Path, model: LlamaForCausalLM) -> None:
+    """Fill a model's trained weights from a Hugging Face folder."""
+    with torch.no_grad():
+        for _, name, tensor in read_tensors(folder):
+            model.get_parameter(name).copy_(tensor)
+
+
+def _loss_parts(model: LlamaForCausalLM, documents: list[Document]) -> list[tuple[float, float]]:
+    return model.sequence_losses(Pack.from_documents(documents).to(model.device))

@@ -1,0 +1,38 @@
+"""What the machine can do, measured: memory that is free, and its matmul rate."""
+
+from __future__ import annotations
+
+import time
+
+import psutil
+import torch
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that a process could still take: of the device, or of the machine (within the
+    control group's limit where there is one)."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def matmul_flops_per_second(
+    device: torch.device,
+    dtype: torch.dtype,
+    size: tuple[int, int, int] = (1024, 1024, 1024),
+    seconds: float = 0.5,
+) -> float:
+    """The rate of [m, k] x [k, n] products on this device, measured for about `seconds`."""
+    m, k, n = size
+    a = torch.randn(m, k, device=device, dtype=dtype)
+    b = torch.randn(n, k, device=device, dtype=dtype)
+    rates = []
+    end = time.perf_counter() + seconds
+    while not rates or time.perf_counter() < end:
+        began = time.perf_counter()
+        for _ in range(4):
+            a @ b.t()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        rates.append(4 * 2.0 * m * k * n / (time.perf_counter() - began))
+    return sorted(rates)[len(rates) // 2]

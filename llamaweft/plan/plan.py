@@ -1,0 +1,76 @@
+"""The plan: what a run will need, before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from llamaweft.model.presets import parameter_count
+from llamaweft.plan.flops import training_flops
+from llamaweft.plan.memory import Schedule, Workload, adapter_parameters
+
+EFFICIENCY = 0.7
+"""Share of the measured matmul rate that a step reaches: norms, attention, adapters and the
+optimizer take the rest. docs/plan.md has what was measured."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """steps: optimizer steps. tokens: computed in the whole run. packs: in an epoch.
+    fits: whether the peak is within what is free. flops_per_second: measured, of matmuls.
+    decisions: what was chosen and why, one sentence each."""
+
+    schedule: Schedule
+    steps: int
+    tokens: int
+    packs_per_epoch: int
+    parameters: int
+    trained_parameters: int
+    seconds_per_step: float
+    total_seconds: float
+    flops_per_second: float
+    budget_bytes: int
+    fits: bool
+    decisions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        content = asdict(self)
+        del content["schedule"]
+        return content | self.schedule.to_dict()
+
+
+def make_plan(
+    work: Workload,
+    schedule: Schedule,
+    *,
+    steps: int,
+    mean_step_tokens: float,
+    mean_step_labels: float,
+    packs_per_epoch: int,
+    flops_per_second: float,
+    budget_bytes: int,
+    decisions: dict[str, str],
+) -> Plan:
+    """Time from FLOPs and the measured matmul rate; recomputed layers cost a forward more."""
+    frozen = work.rank is not None
+    flops = training_flops(
+        work.config, int(mean_step_tokens), int(mean_step_labels), frozen_base=frozen
+    )
+    products = 2 if frozen else 3
+    again = schedule.recompute_layers / work.config.num_hidden_layers / products
+    seconds = flops * (1 + again) / (flops_per_second * EFFICIENCY)
+    base = parameter_count(work.config)
+    return Plan(
+        schedule=schedule,
+        steps=steps,
+        tokens=round(steps * mean_step_tokens),
+        packs_per_epoch=packs_per_epoch,
+        parameters=base,
+        trained_parameters=adapter_parameters(work) if frozen else base,
+        seconds_per_step=seconds,
+        total_seconds=steps * seconds,
+        flops_per_second=flops_per_second,
+        budget_bytes=budget_bytes,
+        fits=schedule.peak_bytes <= budget_bytes,
+        decisions=decisions,
+    )

@@ -1,0 +1,167 @@
+"""What the process runs on: device, compute dtype and why, threads, seeds, memory.
+
+Chosen once, at the start, with a reason that is printed and saved.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import subprocess
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from llamaweft import __version__
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def cache_dir() -> Path:
+    """Where converted models and prepared data are kept: `$LLAMAWEFT_CACHE`,
+    else `$XDG_CACHE_HOME/llamaweft`, else `~/.cache/llamaweft`."""
+    if override := os.environ.get("LLAMAWEFT_CACHE"):
+        return Path(override)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "llamaweft"
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The device that computes, in which dtype, and the reason for it."""
+
+    device: torch.device
+    compute_dtype: torch.dtype
+    reason: str
+    threads: int
+
+    @property
+    def compute_dtype_name(self) -> str:
+        return next(name for name, dtype in DTYPES.items() if dtype == self.compute_dtype)
+
+
+def choose_runtime(device: str = "auto", compute_dtype: str = "auto") -> Runtime:
+    """Pick the device and the dtype that its multipliers are fast in.
+
+    `device`: auto, cpu, cuda or cuda:N. `compute_dtype`: auto, fp32 or bf16.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = torch.device(device)
+    if compute_dtype == "auto":
+        dtype, reason = _fast_dtype(chosen)
+    else:
+        dtype, reason = DTYPES[compute_dtype], "asked for by the recipe"
+    return Runtime(chosen, dtype, reason, torch.get_num_threads())
+
+
+def _fast_dtype(device: torch.device) -> tuple[torch.dtype, str]:
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return torch.bfloat16, "this GPU multiplies bf16 at full rate"
+        return torch.float32, "this GPU has no bf16 units"
+    if cpu_has_bf16():
+        return torch.bfloat16, "this CPU has bf16 units (AVX512-BF16, AMX or ARM BF16)"
+    return torch.float32, "this CPU has no bf16 units"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 in hardware. Without it bf16 is emulated, far slower
+    than fp32. Read from /proc/cpuinfo; False where that cannot be read."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators (every device)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def rss_bytes() -> int:
+    """Resident memory of this process, page cache of mapped files included."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def anon_bytes() -> int:
+    """Resident anonymous memory of this process: what it truly needs, without mapped files.
+    Linux: RssAnon; elsewhere the resident size."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return rss_bytes()
+
+
+def device_bytes(device: torch.device) -> int:
+    """Peak memory allocated on the accelerator since the last call; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    peak = int(torch.cuda.max_memory_allocated(device))
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
+def environment(runtime: Runtime) -> dict[str, object]:
+    """What is needed to rebuild a run: versions, hardware, commit, and what was decided."""
+    packages = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy")
+    return {
+        "llamaweft": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in packages},
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "device": _device_name(runtime.device),
+        "threads": runtime.threads,
+        "compute_dtype": runtime.compute_dtype_name,
+        "compute_dtype_reason": runtime.reason,
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    """The commit of the source tree that this package lies in; empty outside one."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return ""
+    try:
+        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({torch.backends.cpu.get_cpu_capability()})"

@@ -1,0 +1,203 @@
+"""A run or a model, opened for use: measured, compared, exported, talked to.
+
+`pipeline.py` leads from a recipe to a run; this leads from a run, an adapter folder or a model
+to what a person does with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamaweft.adapters.folder import CONFIG, load_adapter_state, read_adapter, save_adapter
+from llamaweft.adapters.lora import inject
+from llamaweft.data.chat import stop_ids
+from llamaweft.data.formats import Example
+from llamaweft.errors import RunError, UserError
+from llamaweft.evaluate.evaluator import Progress, side_by_side
+from llamaweft.export.hf import export_merged
+from llamaweft.export.parity import Parity, verify_adapter, verify_merged
+from llamaweft.model.llama import LlamaForCausalLM
+from llamaweft.model.load import load_causal_lm
+from llamaweft.model.save import written_aside
+from llamaweft.pipeline import Pipeline, base_name, open_run
+from llamaweft.recipe import METRICS, Recipe, Rows
+from llamaweft.runtime import DTYPES
+from llamaweft.train.run_folder import write_json
+
+PARITY_TOKENS = 512
+"""An export is proven on documents of at most so many tokens."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in memory, and the pipeline that knows its tokenizer and settings."""
+
+    name: str
+    pipeline: Pipeline
+    model: LlamaForCausalLM
+
+    def measure(
+        self, examples: list[Example], metrics: Sequence[str] | None, progress: Progress | None
+    ) -> dict[str, Any]:
+        """{"metrics", "answers"} on these rows."""
+        documents = self.pipeline.preparation.held_out(examples)
+        evaluator = self.pipeline.evaluator_on(examples, documents, metrics)
+        values, answers = evaluator.measure(self.model, progress)
+        return {"metrics": values, "answers": [asdict(answer) for answer in answers]}
+
+    def usual_system(self) -> str | None:
+        """The system message that all rows of a run have in common, if they do."""
+        if open_run(self.name) is None:
+            return None
+        examples = self.pipeline.preparation.read(self.pipeline.recipe.data.train[0])
+        if not all(_has_system(example) for example in examples):
+            return None
+        said = {example.messages[0]["content"] for example in examples}
+        return said.pop() if len(said) == 1 else None
+
+
+def _has_system(example: Example) -> bool:
+    return bool(example.messages) and example.messages[0]["role"] == "system"
+
+
+def open_subject(name: str, settings: Recipe | None = None) -> Subject:
+    """A run folder, an adapter folder, or a model (folder, hub id, .gguf, builtin).
+
+    settings: how it computes and is measured, where it is no run. Raises UserError when it is
+    none of these, or cannot be loaded.
+    """
+    run = open_run(name)
+    if run is not None:
+        return Subject(name, run, run.trained_model())
+    if (Path(name) / CONFIG).is_file():
+        config, base, state = read_adapter(Path(name))
+        pipeline = Pipeline(_with_model(settings, base))
+        model = _load(pipeline)
+        inject(model, config)
+        load_adapter_state(model, state, name)
+        return Subject(name, pipeline, model.eval())
+    pipeline = Pipeline(_with_model(settings, name))
+    return Subject(name, pipeline, _load(pipeline).eval())
+
+
+def _with_model(settings: Recipe | None, model: str) -> Recipe:
+    if settings is None:
+        return Recipe.validate_tree({"model": model, "data": {"train": "not read"}})
+    return settings.model_copy(update={"model": model})
+
+
+def _load(pipeline: Pipeline) -> LlamaForCausalLM:
+    return load_causal_lm(
+        pipeline.model_folder,
+        frozen_dtype=DTYPES[pipeline.base_weights],
+        compute_dtype=pipeline.runtime.compute_dtype,
+        device=pipeline.runtime.device,
+    )
+
+
+def compare_subjects(
+    subject: str,
+    base: str | None,
+    *,
+    recipe: Path | None = None,
+    data: str | None = None,
+    metrics: Sequence[str] | None = None,
+    say: Callable[[str], None] = lambda what: None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure `subject`, and `base` on the same rows where one is given.
+
+    The rows are those of `data`, else the held-out ones of `recipe`, else of the run itself.
+    The result is that of evaluation.json: "before" is the base, "after" the subject; without
+    a base "after" is None. Raises UserError when there are no rows or a metric is unknown.
+    """
+    for metric in metrics or ():
+        if metric not in METRICS:
+            raise UserError(f"--metrics: unknown metric {metric!r}; known are {' '.join(METRICS)}")
+    run = open_run(subject)
+    if recipe is not None:
+        settings = Recipe.load(recipe)
+    elif run is not None:
+        settings = run.recipe
+    elif data is not None:
+        rows = {"train": data, "validation": {"path": data}}
+        settings = Recipe.validate_tree({"model": subject, "data": rows}, "the options")
+    else:
+        raise UserError(f"{subject} is no run, so it has no held-out rows; give --recipe or --data")
+    say(f"loading {subject}")
+    opened = open_subject(subject, settings)
+    examples = _rows(Pipeline(settings), data)
+    wanted = metrics or settings.evaluation.metrics
+    say(f"measuring {subject} on {len(examples)} rows")
+    measured = opened.measure(examples, wanted, progress)
+    if base is None:
+        content = side_by_side(measured, measured)
+        examples_shown = [{k: e[k] for k in e if k != "after"} for e in content["examples"]]
+        return content | {"after": None, "examples": examples_shown}
+    say(f"loading {base}")
+    del opened
+    other = open_subject(base, settings)
+    say(f"measuring {base} on {len(examples)} rows")
+    return side_by_side(other.measure(examples, wanted, progress), measured)
+
+
+def _rows(pipeline: Pipeline, data: str | None) -> list[Example]:
+    if data is not None:
+        return pipeline.preparation.read(Rows(path=data))
+    if not pipeline.data.validation:
+        raise UserError("the recipe holds no rows out (data.validation: null); give --data")
+    return pipeline.data.validation
+
+
+def export_run(run: Path, to: str, output: Path, *, verify: bool = True) -> Parity | None:
+    """Write the trained model of a run for other programs: `to` is hf (one merged folder) or peft.
+
+    With `verify` the export is opened by its consumer and compared with the live model.
+    Raises UserError for what is no run and for an output that is not empty, RunError when the
+    export answers differently; nothing is left then.
+    """
+    pipeline = open_run(run)
+    if pipeline is None:
+        raise UserError(f"{run} is no run folder: it has no recipe.yaml")
+    if to == "peft" and pipeline.lora is None:
+        raise UserError("this run trained the whole model, so it has no adapter; export --to hf")
+    model = pipeline.trained_model()
+    with written_aside(output) as aside:
+        parity = _export(pipeline, model, to, aside, verify)
+        if parity is not None:
+            write_json(aside / "parity.json", parity.to_dict())
+            if not parity.passed:
+                raise RunError(
+                    f"the export answers differently from the trained model (the logits differ by "
+                    f"{parity.relative_difference:.1e}, allowed is {parity.tolerance:.0e}); "
+                    "nothing was written"
+                )
+    return parity
+
+
+def _export(
+    pipeline: Pipeline, model: LlamaForCausalLM, to: str, folder: Path, verify: bool
+) -> Parity | None:
+    tokenizer = pipeline.tokenizer
+    if to == "peft":
+        assert pipeline.lora is not None
+        base = base_name(pipeline.recipe.model, pipeline.model_folder)
+        save_adapter(model, pipeline.lora, base, folder)
+        tokenizer.save_pretrained(folder)
+        if verify:
+            return verify_adapter(model, folder, base, parity_prompts(pipeline))
+        return None
+    dtype = pipeline.export_dtype
+    export_merged(model, tokenizer, folder, dtype, stop_ids(tokenizer))
+    return verify_merged(model, folder, dtype, parity_prompts(pipeline)) if verify else None
+
+
+def parity_prompts(pipeline: Pipeline, count: int = 4) -> list[np.ndarray]:
+    """Token ids of a few held-out documents (training ones where none are held out)."""
+    documents = pipeline.data.validation_documents or pipeline.data.documents
+    return [document.ids[:PARITY_TOKENS] for document in documents[:count]]

@@ -1,0 +1,203 @@
+"""The one training loop.
+
+Everything it works with is handed to it. A method is a transformation of the model or an
+objective, never a second loop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from llamaweft.runtime import anon_bytes, device_bytes, rss_bytes
+from llamaweft.train.checkpoint import LoopState, Snapshot, load_checkpoint, save_checkpoint
+from llamaweft.train.events import (
+    Announcer,
+    CheckpointSaved,
+    Ended,
+    Started,
+    StepEnded,
+    StopRequest,
+    Validated,
+)
+from llamaweft.train.optim import load_optimizer_state, optimizer_state, set_learning_rate
+from llamaweft.train.schedule import LearningRate
+
+LOWER_IS_BETTER = ("loss", "perplexity")
+
+
+class PackLike(Protocol):
+    """What the loop needs to know of a micro-batch."""
+
+    label_weight_N: Tensor
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def trained_tokens(self) -> int: ...
+
+    def to(self, device: torch.device) -> PackLike: ...
+
+
+class LoaderLike(Protocol):
+    total_steps: int
+
+    def steps(self, start_step: int = 0) -> Iterator[list[Any]]: ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Numbers of the recipe that the loop itself needs."""
+
+    checkpoints: Path
+    checkpoint_every_steps: int
+    save_total_limit: int
+    evaluate_every_steps: int | None
+    early_stopping_patience: int | None
+    max_grad_norm: float | None
+    best_metric: str
+
+
+@dataclass
+class Loop:
+    """objective: a pack -> (weighted sum of losses, sum of weights).
+    evaluator: () -> {metric: {"value": ..., ...}}, or None where nothing is held out.
+    keep_best: called when the weights are the best so far.
+    useful_flops: base matmul FLOPs that a list of packs needs.
+    """
+
+    model: nn.Module
+    parameters: dict[str, nn.Parameter]
+    objective: Callable[[Any], tuple[Tensor, Tensor]]
+    loader: LoaderLike
+    optimizer: torch.optim.Optimizer
+    learning_rate: LearningRate
+    evaluator: Callable[[], dict[str, dict[str, float]]] | None
+    keep_best: Callable[[], None]
+    useful_flops: Callable[[list[Any]], float]
+    settings: Settings
+    announce: Announcer
+    stop: StopRequest
+    device: torch.device
+    state: LoopState
+
+    def resume(self, checkpoint: Path) -> None:
+        """Put weights, optimizer, position and random generators back."""
+        snapshot = load_checkpoint(checkpoint)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(snapshot.trained[name])
+        load_optimizer_state(self.optimizer, self.parameters, snapshot.optimizer)
+        self.state = snapshot.state
+
+    def run(self) -> str:
+        """Train to the end, to an early stop or to a stop request; returns which it was.
+
+        The last step is validated and saved. A stop request only saves, so that the resumed run
+        validates at the same steps as one that was never stopped.
+        """
+        self.announce(Started(self.state.step, self.loader.total_steps))
+        self.model.train()
+        reason = "finished"
+        steps = self.loader.steps(self.state.step)
+        while self.state.step < self.loader.total_steps:
+            began = time.perf_counter()
+            self._step([pack.to(self.device) for pack in next(steps)], began)
+            last = self.state.step == self.loader.total_steps
+            if self._is_due(self.settings.evaluate_every_steps, last):
+                self._validate()
+                if self._is_exhausted() and not last:
+                    reason, last = "early_stopping", True
+            if self.stop.reason and not last:
+                reason, last = self.stop.reason, True
+            if self._is_due(self.settings.checkpoint_every_steps, last):
+                self._save()
+            if last:
+                break
+        if self.state.best_step is None:
+            self.keep_best()
+        self.announce(Ended(self.state.step, reason))
+        return reason
+
+    def _step(self, packs: list[PackLike], began: float) -> None:
+        """Sum, count, divide once: the loss is the mean over the whole global batch."""
+        count = torch.stack([pack.label_weight_N.sum() for pack in packs]).sum()
+        loss = 0.0
+        for pack in packs:
+            total, _ = self.objective(pack)
+            mean = total / count
+            mean.backward()
+            loss += mean.item()
+        limit = self.settings.max_grad_norm
+        norm = nn.utils.clip_grad_norm_(
+            self.parameters.values(), float("inf") if limit is None else limit
+        )
+        self.state.step += 1
+        rate = self.learning_rate(self.state.step)
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - began
+        tokens = sum(pack.tokens for pack in packs)
+        self.announce(
+            StepEnded(
+                step=self.state.step,
+                loss=loss,
+                lr=rate,
+                grad_norm=norm.item(),
+                tokens=tokens,
+                computed_tokens=tokens,
+                trained_tokens=sum(pack.trained_tokens for pack in packs),
+                seconds=seconds,
+                tokens_per_second=tokens / seconds,
+                useful_flops_per_second=self.useful_flops(packs) / seconds,
+                anon_bytes=anon_bytes(),
+                rss_bytes=rss_bytes(),
+                device_bytes=device_bytes(self.device),
+            )
+        )
+
+    def _is_due(self, every: int | None, last: bool) -> bool:
+        return last or (every is not None and self.state.step % every == 0)
+
+    def _validate(self) -> None:
+        if self.evaluator is None:
+            return
+        metrics = self.evaluator()
+        self.model.train()
+        value = metrics[self.settings.best_metric]["value"]
+        best = self.state.best_value is None or (
+            value < self.state.best_value
+            if self.settings.best_metric in LOWER_IS_BETTER
+            else value > self.state.best_value
+        )
+        if best:
+            self.keep_best()
+            self.state.best_value, self.state.best_step = value, self.state.step
+            self.state.best_metrics, self.state.without_gain = metrics, 0
+        else:
+            self.state.without_gain += 1
+        values = {name: metric["value"] for name, metric in metrics.items()}
+        self.announce(Validated(self.state.step, values, best))
+
+    def _is_exhausted(self) -> bool:
+        patience = self.settings.early_stopping_patience
+        return patience is not None and self.state.without_gain >= patience
+
+    def _save(self) -> None:
+        snapshot = Snapshot(
+            self.state,
+            {name: parameter.detach() for name, parameter in self.parameters.items()},
+            optimizer_state(self.optimizer, self.parameters),
+        )
+        folder = save_checkpoint(
+            self.settings.checkpoints, snapshot, self.settings.save_total_limit
+        )
+        self.announce(CheckpointSaved(self.state.step, folder))

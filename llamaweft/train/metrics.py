@@ -1,0 +1,47 @@
+"""metrics.jsonl: one JSON object for every optimizer step and every validation."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from llamaweft.train.events import Event, StepEnded, Validated
+from llamaweft.train.run_folder import write_text
+
+
+class MetricsFile:
+    """A listener that appends each event as it ends, flushed."""
+
+    def __init__(self, path: Path, resume_after_step: int | None = None) -> None:
+        """`resume_after_step`: lines after it are dropped, since those steps run again."""
+        if resume_after_step is not None and path.exists():
+            kept = [r for r in read_metrics(path) if r["step"] <= resume_after_step]
+            write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case StepEnded():
+                record = {"kind": "train", **asdict(event)}
+            case Validated():
+                record = {"kind": "validation", "step": event.step, **event.metrics}
+            case _:
+                return
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl. A last line cut short by a crash is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records

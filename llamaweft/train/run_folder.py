@@ -1,0 +1,102 @@
+"""The run folder: what a run leaves behind, and the lock that keeps a second run out."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, TextIO
+
+from llamaweft.errors import UserError
+
+
+class RunFolder:
+    """Paths inside an `output_dir`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.recipe = root / "recipe.yaml"
+        self.environment = root / "environment.json"
+        self.audit = root / "audit.json"
+        self.plan = root / "plan.json"
+        self.metrics = root / "metrics.jsonl"
+        self.checkpoints = root / "checkpoints"
+        self.adapter = root / "adapter"
+        self.model = root / "model"
+        self.evaluation = root / "evaluation.json"
+        self.report_md = root / "report.md"
+        self.report_html = root / "report.html"
+        self._lock: TextIO | None = None
+
+    @property
+    def holds_run(self) -> bool:
+        return self.recipe.exists()
+
+    def check_free(self, resume: bool) -> None:
+        """Raises UserError when the folder holds another run (without `resume`) or other files."""
+        if self.holds_run and not resume:
+            raise UserError(
+                f"{self.root} holds another run; give another output_dir, or --resume to go on "
+                "with it"
+            )
+        if self.root.exists() and not self.root.is_dir():
+            raise UserError(f"output_dir {self.root} is a file; give a folder")
+        strangers = [] if self.holds_run else sorted(p.name for p in self.root.glob("[!.]*"))
+        if strangers:
+            raise UserError(
+                f"{self.root} holds other files ({strangers[0]}); give a new or empty output_dir"
+            )
+
+    def lock(self) -> None:
+        """Take the folder, making it if need be; the lock dies with this process.
+
+        Raises UserError when another process has it or it cannot be written.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            handle = (self.root / ".lock").open("w")
+        except OSError as error:
+            raise UserError(f"output_dir {self.root} cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.close()
+            raise UserError(f"another process is running in {self.root}; wait or stop it") from None
+        self._lock = handle
+
+    def unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside, flush it to the disk and rename it: complete or absent."""
+    aside = path.with_name(f".{path.name}.tmp")
+    with aside.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    aside.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def need_disk(folder: Path, needed_bytes: int, what: str) -> None:
+    """Raises UserError when the disk of `folder` has not that much room."""
+    existing = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise UserError(
+            f"the disk of {folder} has {free / 2**20:.0f} MiB free, {what} needs "
+            f"{needed_bytes / 2**20:.0f} MiB; free some or give another folder"
+        )

@@ -1,0 +1,79 @@
+"""Shared pieces: a tiny random model with the embedded model's tokenizer, and small data."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder: two layers, four heads, two key-value heads, random fp32 weights."""
+    from llamaweft.model.init import init_random
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    init_random("tiny", folder, "builtin:smollm2-135m", "fp32", seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The embedded model's tokenizer: ChatML, no begin-of-text token."""
+    from llamaweft.model.tokenizer import load_tokenizer
+
+    return load_tokenizer("builtin:smollm2-135m")
+
+
+CITIES = ["Paris", "Rome", "Oslo", "Lima", "Cairo", "Quito", "Delhi", "Seoul", "Bern", "Accra"]
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    """Thirty chats of different lengths, each different."""
+    path = tmp_path / "chats.jsonl"
+    lines = []
+    for index in range(30):
+        city = CITIES[index % len(CITIES)]
+        question = f"Question {index}: what do you like about {city}?" + " Say more." * (index % 4)
+        answer = f"I like the streets of {city}." + f" And the {index} bridges." * (index % 3)
+        messages = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+        lines.append(json.dumps({"messages": messages}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def recipe_tree(tiny_folder: Path, chats: Path, tmp_path: Path) -> dict:
+    """A recipe that trains the tiny model for six short steps."""
+    return {
+        "model": str(tiny_folder),
+        "data": {"train": [{"path": str(chats)}], "validation": {"fraction": 0.2}},
+        "adapter": {"method": "lora", "r": 4, "lora_alpha": 8},
+        "base_weights": "fp32",
+        "training": {
+            "learning_rate": 1e-2,
+            "max_steps": 6,
+            "micro_batch_tokens": 256,
+            "gradient_accumulation_steps": 2,
+            "checkpoint_every_steps": 2,
+            "compute_dtype": "fp32",
+            "device": "cpu",
+        },
+        "evaluation": {"every_steps": 3, "metrics": ["loss"], "max_new_tokens": 4},
+        "output_dir": str(tmp_path / "run"),
+    }
+
+
+def write_recipe(tree: dict, path: Path) -> Path:
+    """A recipe file; JSON is YAML."""
+    path.write_text(json.dumps(tree), encoding="utf-8")
+    return path

@@ -1,0 +1,105 @@
+"""The pack contract: labels, positions, and that documents never see each other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from llamaweft.data.chat import Document
+from llamaweft.model.load import load_causal_lm
+from llamaweft.model.pack import Pack
+
+
+def document(ids: list[int], trained: list[int]) -> Document:
+    return Document(np.array(ids, np.int32), np.array(trained, np.float32), "", "")
+
+
+def test_labels_are_the_next_tokens_that_are_trained() -> None:
+    pack = Pack.from_documents([document([5, 6, 7], [1, 0, 1]), document([8, 9], [0, 1])])
+    assert pack.positions_T.tolist() == [0, 1, 2, 0, 1]
+    assert pack.segment_T.tolist() == [0, 0, 0, 1, 1]
+    # The first token of a document has no context: its weight of 1 is no label.
+    assert pack.label_position_N.tolist() == [1, 3]
+    assert pack.label_target_N.tolist() == [7, 9]
+    assert pack.label_sequence_N.tolist() == [0, 1]
+
+
+def test_a_document_does_not_see_its_neighbours(tiny_folder: Path) -> None:
+    model = load_causal_lm(tiny_folder, frozen_dtype=None)
+    random = np.random.default_rng(0)
+    first, second, other = (random.integers(0, 900, 40).tolist() for _ in range(3))
+    ones = [1] * 40
+    with torch.no_grad():
+        a = model(Pack.from_documents([document(first, ones), document(second, ones)]))
+        b = model(Pack.from_documents([document(other, ones), document(second, ones)]))
+    assert torch.equal(a[40:], b[40:])
+    assert not torch.equal(a[:40], b[:40])
+
+
+def shared(prefix: list[int], endings: list[list[int]]) -> Pack:
+    """One prefix segment with a child for each ending; every ending's token is a label."""
+    lengths = [len(prefix), *map(len, endings)]
+    starts = np.cumsum([0, *lengths])
+    position, target, sequence = [], [], []
+    for index, ending in enumerate(endings):
+        inside = range(int(starts[index + 1]), int(starts[index + 1]) + len(ending))
+        position += [len(prefix) - 1, *inside[:-1]]
+        target += ending
+        sequence += [index] * len(ending)
+    return Pack(
+        ids_T=torch.tensor([*prefix, *(t for e in endings for t in e)]),
+        positions_T=torch.tensor(
+            [*range(len(prefix)), *(len(prefix) + i for e in endings for i in range(len(e)))]
+        ),
+        segment_T=torch.tensor(np.repeat(np.arange(len(lengths)), lengths)),
+        parent_S=torch.tensor([-1] + [0] * len(endings)),
+        label_position_N=torch.tensor(position),
+        label_target_N=torch.tensor(target),
+        label_weight_N=torch.ones(len(target)),
+        label_sequence_N=torch.tensor(sequence),
+    )
+
+
+def test_a_shared_prefix_gives_the_loss_and_gradients_of_separate_documents(
+    tiny_folder: Path,
+) -> None:
+    random = np.random.default_rng(1)
+    prefix = random.integers(0, 900, 30).tolist()
+    endings = [random.integers(0, 900, n).tolist() for n in (12, 1, 7)]
+    apart = Pack.from_documents(
+        [document(prefix + e, [0] * len(prefix) + [1] * len(e)) for e in endings]
+    )
+    results = []
+    for pack in (shared(prefix, endings), apart):
+        model = load_causal_lm(tiny_folder, frozen_dtype=None)
+        total, count = model.loss(pack)
+        total.backward()
+        results.append((total.detach(), count, [p.grad for p in model.parameters()]))
+    (loss_a, count_a, grads_a), (loss_b, count_b, grads_b) = results
+    assert count_a == count_b
+    torch.testing.assert_close(loss_a, loss_b, rtol=1e-5, atol=0)
+    for a, b in zip(grads_a, grads_b, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+def test_weights_scale_a_label(tiny_folder: Path) -> None:
+    model = load_causal_lm(tiny_folder, frozen_dtype=None)
+    pack = Pack.from_documents([document([5, 6, 7, 8], [0, 1, 1, 1])])
+    heavy = replace(pack, label_weight_N=torch.tensor([2.0, 0.5, 0.0]))
+    losses = model.lm_head.label_losses(model.hidden(pack), pack)
+    total, count = model.loss(heavy)
+    assert float(count) == 2.5
+    torch.testing.assert_close(total, (losses * heavy.label_weight_N).sum())
+
+
+def test_sequence_losses_are_those_of_each_document_alone(tiny_folder: Path) -> None:
+    model = load_causal_lm(tiny_folder, frozen_dtype=None)
+    documents = [document([3, 4, 5], [0, 1, 1]), document([9, 8, 7, 6], [0, 0, 0, 1])]
+    together = model.sequence_losses(Pack.from_documents(documents))
+    alone = [model.sequence_losses(Pack.from_documents([d]))[0] for d in documents]
+    assert together == [pytest.approx(pair, rel=1e-5) for pair in alone]
+    assert [weight for _, weight in together] == [2, 1]
