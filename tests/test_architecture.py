@@ -33,7 +33,6 @@ ALLOWED = {
 }  # fmt: skip
 
 
-
 def _imports(path: Path) -> list[str]:
     """Dotted names below llamaweft that a file imports, anywhere in it."""
     found = []

@@ -70,12 +70,17 @@ def demo(
     with TrainingProgress() as progress:
         beside = compare_subjects(
             str(folder),
-            recipe.model,
+            None,
             data="builtin:smart-home/random",
             say=progress.say,
             progress=progress.answers,
         )
-    beside["name"] = "a random split (templates seen in training)"
+    beside |= {
+        "name": "a random split (templates seen in training)",
+        "before": None,
+        "after": beside["before"],
+        "examples": [],
+    }
     write_json(folder / "evaluation-random.json", beside)
     write_run_report(pipeline.run_folder)
     _heading(5, "export, each opened by the program it is for and compared with the live model")

@@ -18,6 +18,12 @@ from llamaweft.model.llama import LlamaForCausalLM
 from llamaweft.model.pack import Pack
 
 
+CACHE_BYTES = 512 * 2**20
+"""Keys and values that a batch may hold; it decides how many sequences are answered together."""
+
+LARGEST_BATCH = 128
+
+
 class _Prompt:
     """A document without labels."""
 
@@ -58,7 +64,6 @@ def generate_batch(
     stop_ids: set[int],
     *,
     max_new_tokens: int,
-    batch_size: int = 32,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """The greedy answer to each prompt as token ids, without the stop token, in the given order.
@@ -68,8 +73,9 @@ def generate_batch(
     """
     answers: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    finished = 0
+    for rows in _batches(model, order, [len(prompts[i]) + max_new_tokens for i in order]):
+        finished += len(rows)
         room = max(len(prompts[i]) for i in rows) + max_new_tokens
         session = Session(model, len(rows), room)
         logits_BV = session.prefill([prompts[i] for i in rows])
@@ -87,8 +93,24 @@ def generate_batch(
                 answers[row].append(token)
             logits_BV = session.decode(ids_B)
         if progress is not None:
-            progress(min(start + batch_size, len(order)))
+            progress(finished)
     return answers
+
+
+def _batches(model: LlamaForCausalLM, order: list[int], rooms: list[int]) -> list[list[int]]:
+    """Cut `order`, sorted by room, into batches whose caches hold at most CACHE_BYTES."""
+    config = model.config
+    heads = config.num_hidden_layers * config.num_key_value_heads
+    position_bytes = 2 * heads * config.head_dim * model.model.compute_dtype.itemsize
+    batches: list[list[int]] = []
+    for row, room in zip(order, rooms, strict=True):
+        batch = batches[-1] if batches else []
+        full = (len(batch) + 1) * room * position_bytes > CACHE_BYTES
+        if not batch or full or len(batch) == LARGEST_BATCH:
+            batches.append([row])
+        else:
+            batch.append(row)
+    return batches
 
 
 @torch.inference_mode()

@@ -6,10 +6,7 @@ numbers of each quantisation as the `gguf` library reads them.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,19 +16,16 @@ import torch
 from gguf import GGUFReader
 from gguf.constants import GGUF_MAGIC
 from gguf.quants import dequantize
-from safetensors.torch import save_file
 
 from llamaweft.errors import UserError
 from llamaweft.model.gguf_config import gguf_config
 from llamaweft.model.gguf_tokenizer import save_gguf_tokenizer
 from llamaweft.model.presets import LlamaConfig
+from llamaweft.model.save import write_model, written_aside
 from llamaweft.runtime import DTYPES
 
 Reading = tuple[str, Callable[[], np.ndarray]]
 """A tensor's Hugging Face name, and what reads it."""
-
-# One shard is held in memory while it is filled, so its size bounds what a conversion needs.
-SHARD_BYTES = 2_000_000_000
 
 TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -62,25 +56,21 @@ def convert_gguf(path: Path, folder: Path, dtype: str = "fp32") -> None:
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is unknown: give one of {', '.join(DTYPES)}.")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not empty: name a new folder.")
-    reader = _open(path)
-    config = gguf_config(reader, path)
-    tensors = _tensors(reader, config, path)
-    aside = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        _write_configs(aside, config, dtype)
-        _write_weights(aside, tensors, DTYPES[dtype])
-        save_gguf_tokenizer(reader, path, aside, config.vocab_size)
-        _flush(aside)
-        if folder.exists():
-            folder.rmdir()  # Windows renames onto nothing that exists
-        aside.rename(folder)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    with written_aside(folder) as aside:
+        reader = _open(path)
+        config = gguf_config(reader, path)
+        readings = _tensors(reader, config, path)
+        ends = (
+            config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        )
+        write_model(
+            aside,
+            config,
+            ((name, torch.from_numpy(read()).to(DTYPES[dtype])) for name, read in readings),
+            lambda target: save_gguf_tokenizer(reader, path, target, config.vocab_size),
+            dtype=str(DTYPES[dtype]).removeprefix("torch."),
+            stop_ids=[token for token in ends if token is not None],
+        )
 
 
 def _open(path: Path) -> GGUFReader:
@@ -171,10 +161,10 @@ def _read(tensor: Any, name: str, config: LlamaConfig, path: Path) -> np.ndarray
             "give a file in another quantisation."
         ) from None
     if name.endswith("q_proj.weight"):
-        return split_halves(values, config.num_attention_heads)
+        values = split_halves(values, config.num_attention_heads)
     if name.endswith("k_proj.weight"):
-        return split_halves(values, config.num_key_value_heads)
-    return values
+        values = split_halves(values, config.num_key_value_heads)
+    return np.array(values, dtype=np.float32)
 
 
 def split_halves(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -185,64 +175,3 @@ def split_halves(rows: np.ndarray, heads: int) -> np.ndarray:
     """
     pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
-
-
-def _shards(tensors: list[Reading], dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor]]:
-    shard: dict[str, torch.Tensor] = {}
-    size = 0
-    for name, read in tensors:
-        tensor = torch.from_numpy(np.array(read(), dtype=np.float32)).to(dtype)
-        if shard and size + tensor.nbytes > SHARD_BYTES:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.nbytes
-    yield shard
-
-
-def _write_weights(folder: Path, tensors: list[Reading], dtype: torch.dtype) -> None:
-    """model.safetensors, or shards and model.safetensors.index.json as transformers names them."""
-    written: list[list[str]] = []
-    total = 0
-    for shard in _shards(tensors, dtype):
-        save_file(shard, folder / f"shard-{len(written)}", metadata={"format": "pt"})
-        written.append(list(shard))
-        total += sum(tensor.nbytes for tensor in shard.values())
-    if len(written) == 1:
-        (folder / "shard-0").rename(folder / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for index, names in enumerate(written):
-        file = f"model-{index + 1:05d}-of-{len(written):05d}.safetensors"
-        (folder / f"shard-{index}").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    _write_json(
-        folder / "model.safetensors.index.json",
-        {"metadata": {"total_size": total}, "weight_map": weight_map},
-    )
-
-
-def _write_configs(folder: Path, config: LlamaConfig, dtype: str) -> None:
-    name = str(DTYPES[dtype]).removeprefix("torch.")
-    # transformers 4 reads torch_dtype, 5 dtype.
-    _write_json(folder / "config.json", {**config.to_dict(), "dtype": name, "torch_dtype": name})
-    ids = {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "pad_token_id": config.pad_token_id,
-    }
-    known = {key: value for key, value in ids.items() if value is not None}
-    _write_json(folder / "generation_config.json", known)
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-
-
-def _flush(folder: Path) -> None:
-    """Onto the disk, so that the folder's new name never stands for missing bytes."""
-    mode = (folder / "config.json").stat().st_mode
-    for path in folder.iterdir():
-        path.chmod(mode)  # safetensors lets only the owner read
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())

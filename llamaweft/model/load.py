@@ -218,5 +218,3 @@ def random_tensors(config: LlamaConfig, seed: int) -> Iterator[tuple[str, Tensor
         else:
             value = torch.empty(parameter.shape)
             yield name, value.normal_(0, config.initializer_range, generator=generator)
-
-

@@ -39,9 +39,7 @@ def test_a_dump_is_the_same_recipe(tmp_path: Path) -> None:
     assert Recipe.load_text(full.dump()) == full
 
 
-def test_a_dump_makes_local_paths_absolute(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dump_makes_local_paths_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "chats.jsonl").touch()
     assert Recipe.load_text(load(MINIMAL, tmp_path).dump()).data.train[0].path == str(
@@ -105,14 +103,20 @@ def test_changed_keys_ignore_what_does_not_change_the_steps(tmp_path: Path) -> N
 
 def test_every_key_is_described() -> None:
     table = describe()
-    assert {"model", "training.learning_rate", "data.train.path", "data.validation.fraction"} <= set(table)
+    assert {
+        "model",
+        "training.learning_rate",
+        "data.train.path",
+        "data.validation.fraction",
+    } <= set(table)
     assert not [key for key, text in table.items() if text.startswith("None")]
     assert table["training.learning_rate"].endswith("[0.0002]")
     assert all(metric in table["evaluation.metrics"] for metric in METRICS)
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [("1KiB", 1024), ("1.5GiB", 3 * 2**29), ("2GB", 2 * 10**9), ("17", 17), (5, 5)]
+    ("text", "count"),
+    [("1KiB", 1024), ("1.5GiB", 3 * 2**29), ("2GB", 2 * 10**9), ("17", 17), (5, 5)],
 )
 def test_sizes(text: object, count: int) -> None:
     assert parse_bytes(text) == count

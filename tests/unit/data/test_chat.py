@@ -55,9 +55,7 @@ def test_all_trains_every_token(tokenizer) -> None:
 
 
 def test_ids_are_those_of_the_template(tokenizer) -> None:
-    expected = tokenizer.apply_chat_template(
-        list(CHAT.messages), tokenize=True, return_dict=False
-    )
+    expected = tokenizer.apply_chat_template(list(CHAT.messages), tokenize=True, return_dict=False)
     assert encode(tokenizer, CHAT).ids.tolist() == expected
 
 

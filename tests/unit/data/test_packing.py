@@ -86,7 +86,7 @@ def test_max_steps_alone_decides_the_length() -> None:
     assert len(steps) == 40
     assert all(len(step) == 3 for step in steps)
     packs_per_epoch = loader().packs_per_epoch
-    assert 40 * 3 > packs_per_epoch  # epochs repeat
+    assert packs_per_epoch < 40 * 3  # epochs repeat
     assert steps[0] != steps[packs_per_epoch // 3]
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from llamaweft.errors import UserError
 from llamaweft.model import gguf as convert
+from llamaweft.model import save
 from llamaweft.model.builtin import builtin_folder
 from llamaweft.model.gguf import convert_gguf, split_halves
 
@@ -159,7 +160,7 @@ def test_split_halves_by_hand():
 
 
 def test_shards_with_an_index(tmp_path, monkeypatch):
-    monkeypatch.setattr(convert, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(save, "SHARD_BYTES", 100_000)
     model = tiny(tied=False)
     convert_gguf(write(tmp_path / "m.gguf", model), tmp_path / "out")
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
