@@ -44,6 +44,7 @@ from llamaweft.train.metrics import MetricsFile, read_metrics
 from llamaweft.train.optim import build_adamw, trained_parameters
 from llamaweft.train.run_folder import RunFolder, need_disk, read_json, write_json, write_text
 from llamaweft.train.schedule import LearningRate
+from llamaweft.train.trackers import Trackers, check_installed
 
 Progress = Callable[[int, int], None]
 
@@ -269,6 +270,7 @@ class Pipeline:
         """
         folder = self.run_folder
         folder.check_free(resume)
+        check_installed(self.recipe.training.report_to)
         say("reading the data")
         self.check_audit()
         plan = self.plan()
@@ -362,11 +364,7 @@ class Pipeline:
 
     def _trackers(self) -> list[Listener]:
         names = self.recipe.training.report_to
-        if not names:
-            return []
-        from llamaweft.train.trackers import Trackers  # Accelerate is slow to import
-
-        return [Trackers(names, self.run_folder.root, self.recipe.model_dump(mode="json"))]
+        return [Trackers(names, self.run_folder.root, self.recipe.flat())] if names else []
 
     def _useful_flops(self, packs: list[Pack]) -> float:
         tokens, labels = sum(p.tokens for p in packs), sum(p.trained_tokens for p in packs)

@@ -252,6 +252,11 @@ class Recipe(Section):
         except ValidationError as error:
             raise UserError(_explain(error, tree, where)) from None
 
+    def flat(self) -> dict[str, str | int | float]:
+        """Dotted keys and their values: what trackers show. Keys that are null are left out."""
+        values = _flat(self.model_dump(mode="json"))
+        return {key: value for key, value in values.items() if value is not None}
+
     def changed_keys(self, other: Recipe) -> list[str]:
         """Dotted keys that differ and would make a resumed run another run."""
         ours, theirs = (_flat(recipe.model_dump(mode="json")) for recipe in (self, other))
@@ -409,7 +414,7 @@ def _line_of(tree: Any, keys: list[str | int]) -> int | None:
             position = node.lc.item(key) if isinstance(node, list) else node.lc.key(key)
         except (KeyError, TypeError, IndexError):
             break
-        line, node = position[0] + 1, node[key]  # type: ignore[index,call-overload]
+        line, node = position[0] + 1, node[key]  # type: ignore[index]
     return line
 
 

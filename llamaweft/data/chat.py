@@ -54,8 +54,8 @@ def encode(tokenizer: Tokenizer, example: Example, train_on: str = "assistant") 
     for index in answers[-1:] if train_on == "last" else answers:
         start, end = _answer_span(tokenizer, example, text, index)
         # A token that begins in the header is part of the prompt when the model answers.
-        first = np.searchsorted(starts, start, side="left")
-        last = np.searchsorted(ends, end, side="right")
+        first = int(np.searchsorted(starts, start, side="left"))
+        last = int(np.searchsorted(ends, end, side="right"))
         closing = [token for token in range(first, last) if int(ids[token]) in special]
         if closing and not text[ends[closing[-1]] : end].strip():
             last = closing[-1] + 1

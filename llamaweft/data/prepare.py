@@ -18,13 +18,20 @@ from llamaweft.data.sources import read_hub, read_path
 class Source(Protocol):
     """Where rows come from; the recipe's `data.train` rows are such."""
 
-    path: str | None
-    hub: str | None
-    config: str | None
-    split: str
-    revision: str | None
-    format: str
-    columns: dict[str, str] | None
+    @property
+    def path(self) -> str | None: ...
+    @property
+    def hub(self) -> str | None: ...
+    @property
+    def config(self) -> str | None: ...
+    @property
+    def split(self) -> str: ...
+    @property
+    def revision(self) -> str | None: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def columns(self) -> dict[str, str] | None: ...
 
 
 @dataclass(frozen=True)

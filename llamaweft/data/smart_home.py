@@ -25,7 +25,7 @@ from llamaweft.errors import UserError
 from llamaweft.runtime import cache_dir
 
 SPLITS = ("train", "validation", "random")
-SYSTEM = "Answer with the Home Assistant intent as JSON."
+SYSTEM = "Answer in JSON."
 
 
 @dataclass(frozen=True)

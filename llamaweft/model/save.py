@@ -69,9 +69,10 @@ def write_model(
     """
     # transformers 4 reads torch_dtype, 5 dtype.
     _write_json(folder / "config.json", config.to_dict() | {"torch_dtype": dtype, "dtype": dtype})
+    stops = sorted(stop_ids)
     ids = {
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": sorted(stop_ids) or None,
+        "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
         "pad_token_id": config.pad_token_id,
     }
     known = {key: value for key, value in ids.items() if value is not None}

@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
-from accelerate import Accelerator
 
 from llamaweft.errors import UserError
 from llamaweft.train.events import Ended, Event, StepEnded, Validated
 
 
+def check_installed(names: Sequence[str]) -> None:
+    """Raises UserError when a tracker's package is missing."""
+    for name in names:
+        if find_spec(name) is None:
+            raise UserError(
+                f"training.report_to: {name} is not installed; run `pip install {name}` or remove it"
+            )
+
+
 class Trackers:
     """A listener that writes each step and validation to the named trackers."""
 
-    def __init__(self, names: list[str], folder: Path, config: dict[str, Any]) -> None:
-        """`folder`: where trackers that write files put them. `config`: the recipe, flat.
+    def __init__(
+        self, names: Sequence[str], folder: Path, config: dict[str, str | int | float]
+    ) -> None:
+        """folder: where trackers that write files put them. config: the recipe, flat."""
+        from accelerate import Accelerator  # slow to import, and most runs have no tracker
 
-        Raises UserError when a tracker is not installed.
-        """
-        try:
-            self._accelerator = Accelerator(cpu=True, log_with=names, project_dir=folder)
-        except (ValueError, ImportError):
-            missing = ", ".join(names)
-            raise UserError(
-                f"training.report_to: {missing} is not installed; pip install it or remove it"
-            ) from None
-        if len(self._accelerator.log_with) != len(names):
-            raise UserError(
-                f"training.report_to: not all of {', '.join(names)} are installed; "
-                "pip install them or remove them"
-            )
+        self._accelerator: Any = Accelerator(cpu=True, log_with=list(names), project_dir=folder)
         self._accelerator.init_trackers("llamaweft", config=config)
 
     def __call__(self, event: Event) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from llamaweft.errors import UserError
 from llamaweft.model import gguf as convert
@@ -34,7 +35,7 @@ NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
-BYTES = list(transformers.convert_slow_tokenizer.bytes_to_unicode().values())
+BYTES = list(bytes_to_unicode().values())
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|other|>"]
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
 
@@ -320,7 +321,7 @@ def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(convert, "save_gguf_tokenizer", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="cannot be written: disk full"):
         convert_gguf(path, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
 
