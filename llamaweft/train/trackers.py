@@ -17,7 +17,7 @@ def check_installed(names: Sequence[str]) -> None:
     for name in names:
         if find_spec(name) is None:
             raise UserError(
-                f"training.report_to: {name} is not installed; run `pip install {name}` or remove it"
+                f"training.report_to: {name} is not installed; `pip install {name}`, or remove it"
             )
 
 
