@@ -35,11 +35,11 @@ from llamaweft.plan.flops import training_flops
 from llamaweft.plan.hardware import available_bytes, matmul_flops_per_second
 from llamaweft.plan.memory import Schedule, Workload, adapter_parameters, solve
 from llamaweft.plan.plan import Plan, make_plan
-from llamaweft.recipe import Recipe
+from llamaweft.recipe import Evaluation, Recipe
 from llamaweft.runtime import DTYPES, Runtime, choose_runtime, environment, seed_everything
 from llamaweft.train.checkpoint import LoopState, complete_checkpoints
 from llamaweft.train.events import Announcer, Listener, StopRequest
-from llamaweft.train.loop import Loop, Settings
+from llamaweft.train.loop import EARLY_STOPPING, FINISHED, Loop, Settings
 from llamaweft.train.metrics import MetricsFile, read_metrics
 from llamaweft.train.optim import build_adamw, trained_parameters
 from llamaweft.train.run_folder import RunFolder, need_disk, read_json, write_json, write_text
@@ -137,16 +137,18 @@ class Pipeline:
     @cached_property
     def workload(self) -> Workload:
         lengths = [len(d.ids) for d in self.data.documents]
-        labels = sorted(d.trained_tokens / len(d.ids) for d in self.data.documents)
+        labels = [d.trained_tokens / len(d.ids) for d in self.data.documents]
         pack_tokens = max(self.recipe.training.micro_batch_tokens, *lengths)
         pack_tokens = min(pack_tokens, sum(lengths))
         return Workload(
             config=self.config,
             pack_tokens=pack_tokens,
-            labels=int(pack_tokens * labels[len(labels) // 2]),
+            labels=int(pack_tokens * max(labels)),
             rank=self.lora.r if self.lora else None,
-            targets=self.lora.target_modules if self.lora else (),
-            frozen_bytes=DTYPES[self.base_weights].itemsize,
+            targets=tuple(t.rpartition(".")[2] for t in self.lora.target_modules)
+            if self.lora
+            else (),
+            frozen_bytes=DTYPES[self.base_weights].itemsize if self.lora else 4,
             compute_bytes=self.runtime.compute_dtype.itemsize,
         )
 
@@ -163,8 +165,9 @@ class Pipeline:
         model.model.recompute_layers = self.schedule.recompute_layers
         return model
 
-    def check_audit(self) -> None:
-        """Raises UserError when a finding blocks training, one line for each."""
+    def check_data(self) -> None:
+        """Raises UserError when the audit blocks training (a line for each finding), when no row
+        is left to train on, or when a metric has no held-out row to be measured on."""
         blocking = self.data.audit.blocking
         if blocking:
             raise UserError(
@@ -174,6 +177,11 @@ class Pipeline:
                     for f in blocking
                 )
             )
+
+        if not self.data.documents:
+            raise UserError("no row is left to train on: data.on_too_long dropped them all")
+        if self.evaluator is not None:
+            self.evaluator.check()
 
     # --- plan ---------------------------------------------------------------------------------
 
@@ -236,12 +244,12 @@ class Pipeline:
         self,
         examples: list[Example],
         documents: list[Document],
-        metrics: Sequence[str] | None = None,
+        measuring: Evaluation | None = None,
     ) -> Evaluator:
-        """The recipe's metrics, or others, on these rows."""
-        measuring = self.recipe.evaluation
+        """Measures on these rows as the recipe says, or as `measuring` does."""
+        measuring = measuring or self.recipe.evaluation
         return Evaluator(
-            metrics=metrics or measuring.metrics,
+            metrics=measuring.metrics,
             documents=documents,
             examples=examples,
             tokenizer=self.tokenizer,
@@ -272,15 +280,15 @@ class Pipeline:
         folder.check_free(resume)
         check_installed(self.recipe.training.report_to)
         say("reading the data")
-        self.check_audit()
+        self.check_data()
         plan = self.plan()
         need_disk(folder.root, self._disk_bytes(), "the run")
+        say("loading the model")
+        seed_everything(self.recipe.training.seed)
+        model = self.load_model()
         folder.lock()
         try:
             checkpoint = self._open_folder(plan, resume)
-            seed_everything(self.recipe.training.seed)
-            say("loading the model")
-            model = self.load_model()
             judge = Judge(self, model, progress)
             loop = self._loop(model, judge, listeners, stop or StopRequest())
             if checkpoint is not None:
@@ -289,7 +297,7 @@ class Pipeline:
             elif self.evaluator is not None:
                 say("measuring the untouched model")
                 loop.state.before = judge.measured()
-            return self._finish(loop, judge, resumed=checkpoint is not None, say=say)
+            return self._finish(loop, judge, say)
         finally:
             folder.unlock()
 
@@ -370,26 +378,25 @@ class Pipeline:
         tokens, labels = sum(p.tokens for p in packs), sum(p.trained_tokens for p in packs)
         return training_flops(self.config, tokens, labels, frozen_base=self.lora is not None)
 
-    def _finish(
-        self, loop: Loop, judge: Judge, *, resumed: bool, say: Callable[[str], None]
-    ) -> dict[str, Any]:
+    def _finish(self, loop: Loop, judge: Judge, say: Callable[[str], None]) -> dict[str, Any]:
         """Run the loop, judge what it kept, and write evaluation.json and the report."""
         folder = self.run_folder
-        metrics = MetricsFile(folder.metrics, loop.state.step if resumed else None)
+        metrics = MetricsFile(folder.metrics, loop.state.step)
         loop.announce.listeners.insert(0, metrics)
         try:
             reason = loop.run()
         finally:
             metrics.close()
         result: dict[str, Any] = {"step": loop.state.step, "reason": reason, "evaluation": None}
-        if loop.stop.reason is None and self.evaluator is not None:
+        complete = reason in (FINISHED, EARLY_STOPPING)
+        if complete and self.evaluator is not None:
             if judge.best is None:  # it was found before a resume
                 say("measuring the best weights")
                 self.restore(judge.model)
                 judge.best = judge.measured()
             result["evaluation"] = side_by_side(loop.state.before, judge.best)
             write_json(folder.evaluation, result["evaluation"])
-        if loop.stop.reason is None:
+        if complete:
             write_run_report(folder)
         return result
 
@@ -431,7 +438,7 @@ class Pipeline:
             )
         model = load_causal_lm(
             self.model_folder if self.lora else folder.model,
-            frozen_dtype=DTYPES[self.base_weights],
+            frozen_dtype=DTYPES[self.base_weights] if self.lora else torch.float32,
             compute_dtype=self.runtime.compute_dtype,
             device=self.runtime.device,
         )

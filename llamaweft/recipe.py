@@ -70,6 +70,9 @@ class Rows(Section):
     def _one_place(self) -> Rows:
         if not isinstance(self, Validation) and (self.path is None) == (self.hub is None):
             raise ValueError("give either path or hub")
+        for key in ("config", "split", "revision"):
+            if self.hub is None and key in self.model_fields_set:
+                raise ValueError(f"{key} is a hub data set's and would be ignored here; remove it")
         return self
 
 
@@ -88,6 +91,9 @@ class Validation(Rows):
     def _one_kind(self) -> Validation:
         if sum(value is not None for value in (self.path, self.hub, self.fraction)) != 1:
             raise ValueError("give exactly one of fraction, path and hub")
+        for key in ("format", "columns"):
+            if self.fraction is not None and key in self.model_fields_set:
+                raise ValueError(f"{key} would be ignored beside fraction; remove one of them")
         return self
 
 
@@ -211,10 +217,17 @@ class Recipe(Section):
                     f"base_weights: {self.base_weights} holds frozen weights, and adapter.method: "
                     "none trains them all in fp32; remove base_weights or train an adapter"
                 )
-        if self.data.validation is None and "metrics" in self.evaluation.model_fields_set:
+        measuring = self.evaluation.model_fields_set
+        if self.data.validation is None and measuring:
             raise ValueError(
-                "data.validation is null, so evaluation.metrics would be ignored; remove one"
+                f"data.validation is null, so evaluation.{min(measuring)} would be ignored; "
+                "remove one of them"
             )
+        if self.task == "text":
+            if "train_on" in self.data.model_fields_set:
+                raise ValueError("task: text trains every token; remove data.train_on")
+            for metric in set(self.evaluation.metrics) - {"loss", "perplexity"}:
+                raise ValueError(f"evaluation.metrics: {metric} needs answers; task: text has none")
         return self
 
     @classmethod
@@ -271,13 +284,17 @@ class Recipe(Section):
         tree = self.model_dump(mode="json")
         for rows in [*tree["data"]["train"], tree["data"]["validation"] or {}]:
             rows["path"] = _absolute(rows.get("path"))
-            for key in [key for key, value in rows.items() if value is None]:
+            ignored = set() if rows.get("hub") else {"config", "split", "revision"}
+            ignored |= {"format", "columns"} if rows.get("fraction") else set()
+            for key in [key for key, value in rows.items() if value is None or key in ignored]:
                 del rows[key]
+        if self.task == "text":
+            del tree["data"]["train_on"]
         tree["model"] = _absolute(tree["model"])
         if self.adapter.method == "none":
             tree["adapter"] = {"method": "none"}
         if self.data.validation is None:
-            del tree["evaluation"]["metrics"]
+            del tree["evaluation"]
         stream = io.StringIO()
         _yaml("safe").dump(tree, stream)
         return stream.getvalue()
@@ -345,8 +362,10 @@ def _child(node: Any, key: str, override: str) -> Any:
     """The mapping or list below `key`; a missing one is made."""
     if isinstance(node, list):
         return node[_index(node, key, override)]
-    if not isinstance(node.get(key), dict | list):
+    if node.get(key) is None:
         node[key] = {}
+    if not isinstance(node[key], dict | list):
+        raise UserError(f"the override {override!r}: {key} holds one value, {node[key]!r}")
     return node[key]
 
 

@@ -18,6 +18,7 @@ import psutil
 import torch
 
 from llamaweft import __version__
+from llamaweft.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -49,10 +50,16 @@ def choose_runtime(device: str = "auto", compute_dtype: str = "auto") -> Runtime
     """Pick the device and the dtype that its multipliers are fast in.
 
     `device`: auto, cpu, cuda or cuda:N. `compute_dtype`: auto, fp32 or bf16.
+    Raises UserError for a device that is not there.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = torch.device(device)
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"training.device: {device} is not there; torch sees {torch.cuda.device_count()} CUDA "
+            "devices"
+        )
     if compute_dtype == "auto":
         dtype, reason = _fast_dtype(chosen)
     else:

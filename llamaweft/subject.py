@@ -25,7 +25,7 @@ from llamaweft.model.llama import LlamaForCausalLM
 from llamaweft.model.load import load_causal_lm
 from llamaweft.model.save import written_aside
 from llamaweft.pipeline import Pipeline, base_name, open_run
-from llamaweft.recipe import METRICS, Recipe, Rows
+from llamaweft.recipe import METRICS, Evaluation, Recipe, Rows
 from llamaweft.runtime import DTYPES
 from llamaweft.train.run_folder import write_json
 
@@ -42,11 +42,12 @@ class Subject:
     model: LlamaForCausalLM
 
     def measure(
-        self, examples: list[Example], metrics: Sequence[str] | None, progress: Progress | None
+        self, examples: list[Example], measuring: Evaluation, progress: Progress | None
     ) -> dict[str, Any]:
         """{"metrics", "answers"} on these rows."""
         documents = self.pipeline.preparation.held_out(examples)
-        evaluator = self.pipeline.evaluator_on(examples, documents, metrics)
+        evaluator = self.pipeline.evaluator_on(examples, documents, measuring)
+        evaluator.check()
         values, answers = evaluator.measure(self.model, progress)
         return {"metrics": values, "answers": [asdict(answer) for answer in answers]}
 
@@ -132,7 +133,9 @@ def compare_subjects(
     say(f"loading {subject}")
     opened = open_subject(subject, settings)
     examples = _rows(Pipeline(settings), data)
-    wanted = metrics or settings.evaluation.metrics
+    wanted = settings.evaluation
+    if metrics:
+        wanted = wanted.model_copy(update={"metrics": list(metrics)})
     say(f"measuring {subject} on {len(examples)} rows")
     measured = opened.measure(examples, wanted, progress)
     if base is None:

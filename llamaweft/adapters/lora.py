@@ -69,7 +69,7 @@ def inject(model: nn.Module, config: LoraConfig) -> list[str]:
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
+    linears = {name: m for name, m in model.named_modules() if type(m) is Linear}
     for target in config.target_modules:
         if not any(_matches(name, target) for name in linears):
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))

@@ -9,7 +9,7 @@ import typer
 
 from llamaweft.cli.terminal import JsonFlag, err, print_json, say
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
@@ -45,7 +45,7 @@ def chat(
         system=system if system is not None else opened.usual_system(),
         max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature, top_p, top_k),
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator(opened.model.device).manual_seed(seed),
     )
     if message is not None:
         answer = _answer(talk, message, shown=not json_output)

@@ -12,7 +12,11 @@ from rich.text import Text
 from llamaweft.cli.terminal import JsonFlag, facts, out, print_json, table
 from llamaweft.recipe import Recipe
 
-app = typer.Typer(no_args_is_help=True, help="Show rows as the model will see them, or audit them.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Show rows as the model will see them, or audit them.",
+)
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides.")]

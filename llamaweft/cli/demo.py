@@ -28,7 +28,7 @@ from llamaweft.cli.train import print_evaluation, run_with_progress
 from llamaweft.errors import RunError, UserError
 from llamaweft.recipe import Recipe
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 RECIPE = Path(__file__).with_name("demo.yaml")
 SHOWN = 5

@@ -8,7 +8,7 @@ import typer
 
 from llamaweft.cli.terminal import JsonFlag, facts, gib, out, print_json
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 OPTIONAL = {
     "peft": "to prove an exported adapter",

@@ -10,7 +10,7 @@ import typer
 from llamaweft.cli.terminal import JsonFlag, TrainingProgress, print_json
 from llamaweft.cli.train import print_evaluation
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()

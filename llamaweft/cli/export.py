@@ -10,7 +10,7 @@ import typer
 
 from llamaweft.cli.terminal import JsonFlag, out, print_json, say
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 class Target(StrEnum):

@@ -10,7 +10,9 @@ import typer
 from llamaweft.cli.terminal import JsonFlag, facts, out, print_json
 from llamaweft.errors import UserError
 
-app = typer.Typer(no_args_is_help=True, help="Make, convert or inspect a model folder.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Make, convert or inspect a model folder."
+)
 
 
 @app.command()

@@ -10,7 +10,7 @@ import typer
 from llamaweft.cli.terminal import JsonFlag, duration, facts, gib, out, print_json
 from llamaweft.recipe import Recipe
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()

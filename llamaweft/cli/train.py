@@ -26,7 +26,7 @@ from llamaweft.train.events import StopRequest
 STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 143}
 """Exit codes of a run that was asked to stop and saved."""
 
-app = typer.Typer(rich_markup_mode=None)
+app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
 _KEYS = "\n\n".join(f"{key}: {text}" for key, text in describe().items())
 

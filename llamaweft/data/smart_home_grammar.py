@@ -2,6 +2,7 @@
 
 The sentence templates are those of the package home-assistant-intents (Apache-2.0,
 https://github.com/OHF-Voice/intents); the recogniser is hassil (Apache-2.0), the one that
+Home Assistant uses.
 """
 
 from __future__ import annotations

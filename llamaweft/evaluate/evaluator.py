@@ -11,6 +11,7 @@ import torch
 
 from llamaweft.data.chat import Document, Tokenizer, prompt_ids, stop_ids
 from llamaweft.data.formats import Example
+from llamaweft.errors import UserError
 from llamaweft.evaluate.metrics import ANSWER_METRICS, Parts, summarise
 from llamaweft.generate.generate import generate_batch
 
@@ -47,6 +48,25 @@ class Evaluator:
     max_new_tokens: int
     micro_batch_tokens: int
 
+    def check(self) -> None:
+        """Raises UserError when there is no row to measure a metric on."""
+        answered = [name for name in self.metrics if name in ANSWER_METRICS]
+        if answered and not self._chats():
+            raise UserError(
+                f"evaluation.metrics: {answered[0]} compares answers, and no held-out row ends "
+                "with an assistant's answer; measure loss, or hold other rows out"
+            )
+        if not self.documents and {"loss", "perplexity"} & set(self.metrics):
+            raise UserError(
+                "evaluation.metrics: no held-out row has a trained token to take the loss on; "
+                "hold other rows out"
+            )
+
+    def _chats(self) -> list[Example]:
+        """The first `max_rows` rows that end with an answer."""
+        chats = [e for e in self.examples if e.messages and e.messages[-1]["role"] == "assistant"]
+        return chats[: self.max_rows]
+
     def measure(
         self, model: Any, progress: Progress | None = None
     ) -> tuple[dict[str, dict[str, float]], list[Answer]]:
@@ -70,8 +90,7 @@ class Evaluator:
 
     def answers(self, model: Any, progress: Progress | None = None) -> list[Answer]:
         """The model's greedy answer to the last turn of each of the first `max_rows` chats."""
-        chats = [e for e in self.examples if e.messages and e.messages[-1]["role"] == "assistant"]
-        chats = chats[: self.max_rows]
+        chats = self._chats()
         prompts = [prompt_ids(self.tokenizer, list(e.messages[:-1]), e.where) for e in chats]
         generated = generate_batch(
             model,

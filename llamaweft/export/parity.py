@@ -6,6 +6,7 @@ live model on the same tokens.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,7 @@ def verify_merged(
     live: LlamaForCausalLM, folder: Path, dtype: str, prompts: list[np.ndarray]
 ) -> Parity:
     """Compare a merged folder, opened by transformers, with the live model."""
-    from transformers import AutoModelForCausalLM
-
-    consumer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    consumer = _opened(folder)
     return _compare(live, consumer, "transformers.AutoModelForCausalLM", TOLERANCES[dtype], prompts)
 
 
@@ -69,12 +68,29 @@ def verify_adapter(
             "peft is not installed, so the adapter cannot be proven; pip install peft, or export "
             "with --no-verify"
         ) from None
-    from transformers import AutoModelForCausalLM
-
+    model = _opened(base)
     held = live.model.embed_tokens.weight.dtype
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=held).float()
-    consumer = PeftModel.from_pretrained(model, folder)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:  # held as the live model holds it: matrices rounded, norms not
+            parameter.data = parameter.data.to(held).float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
+        consumer = PeftModel.from_pretrained(model, folder)
     return _compare(live, consumer, "peft.PeftModel", TOLERANCES["peft"], prompts)
+
+
+def _opened(folder: Path | str) -> Any:
+    """The model in transformers, in fp32, without a progress bar."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ from llamaweft.generate.sampling import Sampling, sample
 from llamaweft.model.llama import LlamaForCausalLM
 from llamaweft.model.pack import Pack
 
-CACHE_BYTES = 512 * 2**20
+CACHE_BYTES = 256 * 2**20
 """Keys and values that a batch may hold; it decides how many sequences are answered together."""
 
 LARGEST_BATCH = 128

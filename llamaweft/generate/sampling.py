@@ -31,6 +31,8 @@ def sample(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator | N
         sorted_BV[:, sampling.top_k :] = -torch.inf
     probability_BV = sorted_BV.softmax(dim=-1)
     before_BV = probability_BV.cumsum(dim=-1) - probability_BV
-    probability_BV[before_BV >= sampling.top_p] = 0
+    unlikely_BV = before_BV >= sampling.top_p
+    unlikely_BV[:, 0] = False  # the likeliest token can always be drawn
+    probability_BV[unlikely_BV] = 0
     drawn_B1 = torch.multinomial(probability_BV, 1, generator=generator)
     return ids_BV.gather(1, drawn_B1).squeeze(1)

@@ -9,9 +9,9 @@ from llamaweft.model.presets import parameter_count
 from llamaweft.plan.flops import training_flops
 from llamaweft.plan.memory import Schedule, Workload, adapter_parameters
 
-EFFICIENCY = 0.7
-"""Share of the measured matmul rate that a step reaches: norms, attention, adapters and the
-optimizer take the rest. docs/plan.md has what was measured."""
+EFFICIENCY = {4: 0.7, 2: 0.4}
+"""Share of the measured matmul rate that a step reaches, by bytes of the compute dtype: norms,
+attention, adapters, casts and the optimizer take the rest. docs/plan.md has what was measured."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def make_plan(
     )
     products = 2 if frozen else 3
     again = schedule.recompute_layers / work.config.num_hidden_layers / products
-    seconds = flops * (1 + again) / (flops_per_second * EFFICIENCY)
+    seconds = flops * (1 + again) / (flops_per_second * EFFICIENCY[work.compute_bytes])
     base = parameter_count(work.config)
     return Plan(
         schedule=schedule,

@@ -30,6 +30,7 @@ from llamaweft.train.optim import load_optimizer_state, optimizer_state, set_lea
 from llamaweft.train.schedule import LearningRate
 
 LOWER_IS_BETTER = ("loss", "perplexity")
+FINISHED, EARLY_STOPPING = "finished", "early_stopping"
 
 
 class PackLike(Protocol):
@@ -105,22 +106,21 @@ class Loop:
         """
         self.announce(Started(self.state.step, self.loader.total_steps))
         self.model.train()
-        reason = "finished"
+        last = self._is_exhausted()  # a run that stopped early stays so when it is resumed
+        reason = EARLY_STOPPING if last else FINISHED
         steps = self.loader.steps(self.state.step)
-        while self.state.step < self.loader.total_steps:
+        while self.state.step < self.loader.total_steps and not last:
             began = time.perf_counter()
             self._step([pack.to(self.device) for pack in next(steps)], began)
             last = self.state.step == self.loader.total_steps
             if self._is_due(self.settings.evaluate_every_steps, last):
                 self._validate()
                 if self._is_exhausted() and not last:
-                    reason, last = "early_stopping", True
+                    reason, last = EARLY_STOPPING, True
             if self.stop.reason and not last:
                 reason, last = self.stop.reason, True
             if self._is_due(self.settings.checkpoint_every_steps, last):
                 self._save()
-            if last:
-                break
         if self.state.best_step is None:
             self.keep_best()
         self.announce(Ended(self.state.step, reason))

@@ -220,6 +220,23 @@ def test_export_to_peft(run: Path, tmp_path: Path) -> None:
     assert all(torch.equal(exported[name], live[name]) for name in live)
 
 
+def test_the_proof_sees_a_changed_adapter(run: Path, tmp_path: Path, monkeypatch) -> None:
+    from llamaweft import subject
+    from llamaweft.adapters.lora import lora_layers
+    from llamaweft.errors import RunError
+
+    def save_another(model, *arguments) -> None:
+        layer = next(iter(lora_layers(model).values()))
+        layer.lora_B.data.add_(0.01)
+        real(model, *arguments)
+        layer.lora_B.data.sub_(0.01)
+
+    real = subject.save_adapter
+    monkeypatch.setattr(subject, "save_adapter", save_another)
+    with pytest.raises(RunError, match="answers differently"):
+        subject.export_run(run / "run", "peft", tmp_path / "out")
+
+
 def test_an_export_that_differs_leaves_nothing(run: Path, tmp_path: Path, monkeypatch) -> None:
     from llamaweft.errors import RunError
     from llamaweft.export import parity
