@@ -9,6 +9,8 @@ H: heads   K: key-value heads   D: head size
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -134,7 +136,7 @@ class LlamaForCausalLM(nn.Module):
     def tie_weights(self) -> None:
         """One matrix for embedding and head, where the config says so."""
         if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            self.lm_head.weight = cast(nn.Parameter, self.model.embed_tokens.weight)
 
     @property
     def device(self) -> torch.device:

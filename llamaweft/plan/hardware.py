@@ -33,7 +33,7 @@ def matmul_flops_per_second(
     m, k, n = size
     a = torch.randn(m, k, device=device, dtype=dtype)
     b = torch.randn(n, k, device=device, dtype=dtype)
-    rates = []
+    rates: list[float] = []
     end = time.perf_counter() + seconds
     while not rates or time.perf_counter() < end:
         began = time.perf_counter()
