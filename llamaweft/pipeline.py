@@ -9,7 +9,6 @@ import json
 import shlex
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from llamaweft.model.presets import LlamaConfig, parameter_count
 from llamaweft.model.tokenizer import load_tokenizer
 from llamaweft.plan.flops import training_flops
 from llamaweft.plan.hardware import available_bytes, matmul_flops_per_second
-from llamaweft.plan.memory import Schedule, Workload, adapter_parameters, solve
+from llamaweft.plan.memory import Schedule, Workload, solve, trained_parameter_count
 from llamaweft.plan.plan import Plan, make_plan
 from llamaweft.recipe import Evaluation, Recipe
 from llamaweft.runtime import DTYPES, Runtime, choose_runtime, environment, seed_everything
@@ -89,7 +88,9 @@ class Pipeline:
 
     @property
     def base_weights(self) -> str:
-        """fp32 or bf16: how frozen weights are held."""
+        """fp32 or bf16: how weights are held. Full fine-tuning holds them all in fp32."""
+        if self.lora is None:
+            return "fp32"
         chosen = self.recipe.base_weights
         return self.runtime.compute_dtype_name if chosen == "auto" else chosen
 
@@ -148,22 +149,29 @@ class Pipeline:
             targets=tuple(t.rpartition(".")[2] for t in self.lora.target_modules)
             if self.lora
             else (),
-            frozen_bytes=DTYPES[self.base_weights].itemsize if self.lora else 4,
+            frozen_bytes=DTYPES[self.base_weights].itemsize,
             compute_bytes=self.runtime.compute_dtype.itemsize,
         )
 
     def load_model(self) -> LlamaForCausalLM:
         """The base model with a fresh adapter, on its device."""
-        model = load_causal_lm(
-            self.model_folder,
-            frozen_dtype=None if self.lora is None else DTYPES[self.base_weights],
-            compute_dtype=self.runtime.compute_dtype,
-            device=self.runtime.device,
-        )
+        model = self._load(self.model_folder, frozen=self.lora is not None)
         if self.lora is not None:
             inject(model, self.lora)
         model.model.recompute_layers = self.schedule.recompute_layers
         return model
+
+    def load_frozen(self, folder: Path | None = None) -> LlamaForCausalLM:
+        """A model without adapter that is only used: the base, or that of another folder."""
+        return self._load(folder or self.model_folder, frozen=True).eval()
+
+    def _load(self, folder: Path, *, frozen: bool) -> LlamaForCausalLM:
+        return load_causal_lm(
+            folder,
+            frozen_dtype=DTYPES[self.base_weights] if frozen else None,
+            compute_dtype=self.runtime.compute_dtype,
+            device=self.runtime.device,
+        )
 
     def check_data(self) -> None:
         """Raises UserError when the audit blocks training (a line for each finding), when no row
@@ -177,7 +185,6 @@ class Pipeline:
                     for f in blocking
                 )
             )
-
         if not self.data.documents:
             raise UserError("no row is left to train on: data.on_too_long dropped them all")
         if self.evaluator is not None:
@@ -212,7 +219,7 @@ class Pipeline:
         """What was chosen, and why: printed once at the start and saved."""
         runtime, layers = self.runtime, self.config.num_hidden_layers
         threads = f"{runtime.threads} threads" if runtime.device.type == "cpu" else ""
-        trained = adapter_parameters(self.workload) if self.lora else parameter_count(self.config)
+        trained = trained_parameter_count(self.workload)
         method = f"LoRA r {self.lora.r}" if self.lora else "full fine-tuning"
         again = self.schedule.recompute_layers
         recompute = (
@@ -303,7 +310,7 @@ class Pipeline:
 
     def _disk_bytes(self) -> int:
         """What checkpoints (weights and two moments each), the result and the logs will need."""
-        trained = adapter_parameters(self.workload) if self.lora else parameter_count(self.config)
+        trained = trained_parameter_count(self.workload)
         checkpoints = (self.recipe.training.save_total_limit + 1) * 12 * trained
         return checkpoints + 2 * 4 * trained + 16 * 2**20
 
@@ -436,21 +443,12 @@ class Pipeline:
                 f"the run {folder.root} has no trained weights yet; go on with "
                 f"`llamaweft train {shlex.quote(str(folder.recipe))} --resume`"
             )
-        model = load_causal_lm(
-            self.model_folder if self.lora else folder.model,
-            frozen_dtype=DTYPES[self.base_weights] if self.lora else torch.float32,
-            compute_dtype=self.runtime.compute_dtype,
-            device=self.runtime.device,
-        )
-        if self.lora is not None:
-            inject(model, self.lora)
-            self.restore(model)
+        if self.lora is None:
+            return self.load_frozen(folder.model)
+        model = self.load_frozen()
+        inject(model, self.lora)
+        self.restore(model)
         return model.eval()
-
-    @property
-    def export_dtype(self) -> str:
-        """fp32 where the base is held in fp32 (or was trained whole), else bf16."""
-        return "fp32" if self.lora is None or self.base_weights == "fp32" else "bf16"
 
 
 class Judge:
@@ -466,8 +464,7 @@ class Judge:
     def measured(self) -> dict[str, Any]:
         """{"metrics": ..., "answers": ...} of the model as it is."""
         assert self.pipeline.evaluator is not None
-        metrics, answers = self.pipeline.evaluator.measure(self.model, self.progress)
-        return {"metrics": metrics, "answers": [asdict(answer) for answer in answers]}
+        return self.pipeline.evaluator.measure(self.model, self.progress)
 
     def __call__(self) -> dict[str, dict[str, float]]:
         self.latest = self.measured()

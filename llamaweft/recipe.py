@@ -47,6 +47,11 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=False)
 
 
+_HUB_ONLY = ("config", "split", "revision")
+_NOT_WITH_FRACTION = ("format", "columns")
+"""Keys of rows that would be ignored: refused where given, left out of a dump."""
+
+
 class Rows(Section):
     """Where rows come from and how they are read."""
 
@@ -70,7 +75,7 @@ class Rows(Section):
     def _one_place(self) -> Rows:
         if not isinstance(self, Validation) and (self.path is None) == (self.hub is None):
             raise ValueError("give either path or hub")
-        for key in ("config", "split", "revision"):
+        for key in _HUB_ONLY:
             if self.hub is None and key in self.model_fields_set:
                 raise ValueError(f"{key} is a hub data set's and would be ignored here; remove it")
         return self
@@ -91,7 +96,7 @@ class Validation(Rows):
     def _one_kind(self) -> Validation:
         if sum(value is not None for value in (self.path, self.hub, self.fraction)) != 1:
             raise ValueError("give exactly one of fraction, path and hub")
-        for key in ("format", "columns"):
+        for key in _NOT_WITH_FRACTION:
             if self.fraction is not None and key in self.model_fields_set:
                 raise ValueError(f"{key} would be ignored beside fraction; remove one of them")
         return self
@@ -284,8 +289,8 @@ class Recipe(Section):
         tree = self.model_dump(mode="json")
         for rows in [*tree["data"]["train"], tree["data"]["validation"] or {}]:
             rows["path"] = _absolute(rows.get("path"))
-            ignored = set() if rows.get("hub") else {"config", "split", "revision"}
-            ignored |= {"format", "columns"} if rows.get("fraction") else set()
+            ignored: tuple[str, ...] = () if rows.get("hub") else _HUB_ONLY
+            ignored += _NOT_WITH_FRACTION if rows.get("fraction") else ()
             for key in [key for key, value in rows.items() if value is None or key in ignored]:
                 del rows[key]
         if self.task == "text":

@@ -7,7 +7,7 @@ to what a person does with it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,9 @@ from llamaweft.evaluate.evaluator import Progress, side_by_side
 from llamaweft.export.hf import export_merged
 from llamaweft.export.parity import Parity, verify_adapter, verify_merged
 from llamaweft.model.llama import LlamaForCausalLM
-from llamaweft.model.load import load_causal_lm
 from llamaweft.model.save import written_aside
 from llamaweft.pipeline import Pipeline, base_name, open_run
 from llamaweft.recipe import METRICS, Evaluation, Recipe, Rows
-from llamaweft.runtime import DTYPES
 from llamaweft.train.run_folder import write_json
 
 PARITY_TOKENS = 512
@@ -48,8 +46,7 @@ class Subject:
         documents = self.pipeline.preparation.held_out(examples)
         evaluator = self.pipeline.evaluator_on(examples, documents, measuring)
         evaluator.check()
-        values, answers = evaluator.measure(self.model, progress)
-        return {"metrics": values, "answers": [asdict(answer) for answer in answers]}
+        return evaluator.measure(self.model, progress)
 
     def usual_system(self) -> str | None:
         """The system message that all rows of a run have in common, if they do."""
@@ -78,27 +75,18 @@ def open_subject(name: str, settings: Recipe | None = None) -> Subject:
     if (Path(name) / CONFIG).is_file():
         config, base, state = read_adapter(Path(name))
         pipeline = Pipeline(_with_model(settings, base))
-        model = _load(pipeline)
+        model = pipeline.load_frozen()
         inject(model, config)
         load_adapter_state(model, state, name)
         return Subject(name, pipeline, model.eval())
     pipeline = Pipeline(_with_model(settings, name))
-    return Subject(name, pipeline, _load(pipeline).eval())
+    return Subject(name, pipeline, pipeline.load_frozen())
 
 
 def _with_model(settings: Recipe | None, model: str) -> Recipe:
     if settings is None:
         return Recipe.validate_tree({"model": model, "data": {"train": "not read"}})
     return settings.model_copy(update={"model": model})
-
-
-def _load(pipeline: Pipeline) -> LlamaForCausalLM:
-    return load_causal_lm(
-        pipeline.model_folder,
-        frozen_dtype=DTYPES[pipeline.base_weights],
-        compute_dtype=pipeline.runtime.compute_dtype,
-        device=pipeline.runtime.device,
-    )
 
 
 def compare_subjects(
@@ -195,7 +183,7 @@ def _export(
         if verify:
             return verify_adapter(model, folder, base, parity_prompts(pipeline))
         return None
-    dtype = pipeline.export_dtype
+    dtype = pipeline.base_weights  # fp32 or bf16, as it is held
     export_merged(model, tokenizer, folder, dtype, stop_ids(tokenizer))
     return verify_merged(model, folder, dtype, parity_prompts(pipeline)) if verify else None
 

@@ -51,6 +51,15 @@ def chats(tmp_path: Path) -> Path:
     return path
 
 
+SIX_SHORT_STEPS = {
+    "learning_rate": 1e-2,
+    "max_steps": 6,
+    "micro_batch_tokens": 256,
+    "gradient_accumulation_steps": 2,
+    "checkpoint_every_steps": 2,
+}
+
+
 @pytest.fixture
 def recipe_tree(tiny_folder: Path, chats: Path, tmp_path: Path) -> dict:
     """A recipe that trains the tiny model for six short steps."""
@@ -59,15 +68,7 @@ def recipe_tree(tiny_folder: Path, chats: Path, tmp_path: Path) -> dict:
         "data": {"train": [{"path": str(chats)}], "validation": {"fraction": 0.2}},
         "adapter": {"method": "lora", "r": 4, "lora_alpha": 8},
         "base_weights": "fp32",
-        "training": {
-            "learning_rate": 1e-2,
-            "max_steps": 6,
-            "micro_batch_tokens": 256,
-            "gradient_accumulation_steps": 2,
-            "checkpoint_every_steps": 2,
-            "compute_dtype": "fp32",
-            "device": "cpu",
-        },
+        "training": SIX_SHORT_STEPS | {"compute_dtype": "fp32", "device": "cpu"},
         "evaluation": {"every_steps": 3, "metrics": ["loss"], "max_new_tokens": 4},
         "output_dir": str(tmp_path / "run"),
     }

@@ -67,10 +67,8 @@ class Evaluator:
         chats = [e for e in self.examples if e.messages and e.messages[-1]["role"] == "assistant"]
         return chats[: self.max_rows]
 
-    def measure(
-        self, model: Any, progress: Progress | None = None
-    ) -> tuple[dict[str, dict[str, float]], list[Answer]]:
-        """Every metric as {"value", "low", "high", "count"}, and the answers behind them."""
+    def measure(self, model: Any, progress: Progress | None = None) -> dict[str, Any]:
+        """{"metrics": each as {"value", "low", "high", "count"}, "answers": those behind them}."""
         model.eval()
         results: dict[str, dict[str, float]] = {}
         wanted = [name for name in self.metrics if name in ANSWER_METRICS]
@@ -86,7 +84,7 @@ class Evaluator:
                     measure = ANSWER_METRICS[name]
                     value = summarise([measure(a.answer, a.reference) for a in answers])
             results[name] = asdict(value)
-        return results, answers
+        return {"metrics": results, "answers": [asdict(answer) for answer in answers]}
 
     def answers(self, model: Any, progress: Progress | None = None) -> list[Answer]:
         """The model's greedy answer to the last turn of each of the first `max_rows` chats."""

@@ -60,16 +60,13 @@ def convert_gguf(path: Path, folder: Path, dtype: str = "fp32") -> None:
         reader = _open(path)
         config = gguf_config(reader, path)
         readings = _tensors(reader, config, path)
-        ends = (
-            config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        )
         write_model(
             aside,
             config,
-            ((name, torch.from_numpy(read()).to(DTYPES[dtype])) for name, read in readings),
+            ((name, torch.from_numpy(read())) for name, read in readings),
             lambda target: save_gguf_tokenizer(reader, path, target, config.vocab_size),
-            dtype=str(DTYPES[dtype]).removeprefix("torch."),
-            stop_ids=[token for token in ends if token is not None],
+            dtype=DTYPES[dtype],
+            stop_ids=config.stop_ids,
         )
 
 

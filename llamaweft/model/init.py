@@ -5,15 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from llamaweft.errors import UserError
 from llamaweft.model.load import random_tensors
 from llamaweft.model.presets import PRESETS, LlamaConfig
 from llamaweft.model.save import write_model, written_aside
 from llamaweft.model.tokenizer import load_tokenizer
-
-DTYPES = {"fp32": ("float32", torch.float32), "bf16": ("bfloat16", torch.bfloat16)}
+from llamaweft.runtime import DTYPES
 
 
 def init_random(
@@ -43,16 +40,13 @@ def init_random(
             f"the tokenizer {tokenizer} has {len(loaded)} tokens, {preset} has "
             f"{config.vocab_size}; give the Llama 3 tokenizer"
         )
-    name, dtype = DTYPES[base_weights]
-    tensors = ((key, tensor.to(dtype)) for key, tensor in random_tensors(config, seed))
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     with written_aside(folder) as aside:
         write_model(
             aside,
             config,
-            tensors,
+            random_tensors(config, seed),
             loaded.save_pretrained,
-            dtype=name,
-            stop_ids=[token for token in ends if token is not None],
+            dtype=DTYPES[base_weights],
+            stop_ids=config.stop_ids,
         )
     return config

@@ -64,6 +64,12 @@ class LlamaConfig:
         if self.head_dim == 0:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
 
+    @property
+    def stop_ids(self) -> list[int]:
+        """`eos_token_id` as a list, which it may be, or a single id, or None."""
+        ids = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        return [token for token in ids if token is not None]
+
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: str) -> LlamaConfig:
         """Read a config.json, old (`rope_theta`, `rope_scaling`) or new (`rope_parameters`).

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -59,16 +60,17 @@ def write_model(
     tensors: Iterable[tuple[str, Tensor]],
     save_tokenizer: Callable[[Path], Any],
     *,
-    dtype: str,
+    dtype: torch.dtype,
     stop_ids: Iterable[int] = (),
 ) -> None:
     """Write config, weights, generation config and tokenizer into an existing folder.
 
-    tensors: name and value, taken one at a time. dtype: theirs, as config.json names it.
+    tensors: name and value, taken one at a time. dtype: what they are written in.
     stop_ids: tokens that end an answer. Raises OSError.
     """
     # transformers 4 reads torch_dtype, 5 dtype.
-    _write_json(folder / "config.json", config.to_dict() | {"torch_dtype": dtype, "dtype": dtype})
+    name = str(dtype).removeprefix("torch.")
+    _write_json(folder / "config.json", config.to_dict() | {"torch_dtype": name, "dtype": name})
     stops = sorted(stop_ids)
     ids = {
         "bos_token_id": config.bos_token_id,
@@ -77,7 +79,7 @@ def write_model(
     }
     known = {key: value for key, value in ids.items() if value is not None}
     _write_json(folder / "generation_config.json", known)
-    _write_shards(folder, tensors)
+    _write_shards(folder, ((key, tensor.to(dtype)) for key, tensor in tensors))
     save_tokenizer(folder)
 
 

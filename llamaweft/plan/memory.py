@@ -88,11 +88,8 @@ def solve(work: Workload, budget_bytes: int | None) -> Schedule:
 def schedule(work: Workload, recompute_layers: int) -> Schedule:
     """The bytes by part when the first `recompute_layers` layers are recomputed."""
     config = work.config
-    base = parameter_count(config)
-    if work.rank is None:
-        weights, trained = 0, base
-    else:
-        weights, trained = base * work.frozen_bytes, adapter_parameters(work)
+    trained = trained_parameter_count(work)
+    weights = 0 if work.rank is None else parameter_count(config) * work.frozen_bytes
     kept = layer_activation_bytes(work)
     layer_input = work.pack_tokens * config.hidden_size * work.compute_bytes
     full_layers = config.num_hidden_layers - recompute_layers
@@ -107,6 +104,11 @@ def schedule(work: Workload, recompute_layers: int) -> Schedule:
         "workspace": _workspace_bytes(work) + (kept if recompute_layers else 0),
     }
     return Schedule(recompute_layers, parts)
+
+
+def trained_parameter_count(work: Workload) -> int:
+    """Numbers that are trained: the adapter's, or all of the model's."""
+    return parameter_count(work.config) if work.rank is None else adapter_parameters(work)
 
 
 def adapter_parameters(work: Workload) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from llamaweft.model.presets import parameter_count
 from llamaweft.plan.flops import training_flops
-from llamaweft.plan.memory import Schedule, Workload, adapter_parameters
+from llamaweft.plan.memory import Schedule, Workload, trained_parameter_count
 
 EFFICIENCY = {4: 0.7, 2: 0.4}
 """Share of the measured matmul rate that a step reaches, by bytes of the compute dtype: norms,
@@ -59,14 +59,13 @@ def make_plan(
     products = 2 if frozen else 3
     again = schedule.recompute_layers / work.config.num_hidden_layers / products
     seconds = flops * (1 + again) / (flops_per_second * EFFICIENCY[work.compute_bytes])
-    base = parameter_count(work.config)
     return Plan(
         schedule=schedule,
         steps=steps,
         tokens=round(steps * mean_step_tokens),
         packs_per_epoch=packs_per_epoch,
-        parameters=base,
-        trained_parameters=adapter_parameters(work) if frozen else base,
+        parameters=parameter_count(work.config),
+        trained_parameters=trained_parameter_count(work),
         seconds_per_step=seconds,
         total_seconds=steps * seconds,
         flops_per_second=flops_per_second,

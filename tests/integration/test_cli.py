@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_recipe
+from conftest import SIX_SHORT_STEPS, write_recipe
 from safetensors.torch import load_file
 
 
@@ -55,14 +55,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
         "data": {"train": "chats.jsonl", "validation": {"fraction": 0.2}},
         "adapter": {"r": 4},
         "base_weights": "fp32",
-        "training": {
-            "learning_rate": 1e-2,
-            "max_steps": 6,
-            "micro_batch_tokens": 256,
-            "gradient_accumulation_steps": 2,
-            "checkpoint_every_steps": 2,
-            "report_to": ["tensorboard"],
-        },
+        "training": SIX_SHORT_STEPS | {"report_to": ["tensorboard"]},
         "evaluation": {
             "every_steps": 3,
             "metrics": ["loss", "exact_match"],
