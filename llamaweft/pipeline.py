@@ -25,23 +25,32 @@ from llamaweft.errors import UserError
 from llamaweft.evaluate.evaluator import Evaluator, side_by_side
 from llamaweft.evaluate.report import ReportInput, write_report
 from llamaweft.export.hf import export_merged
-from llamaweft.model.llama import LlamaForCausalLM
-from llamaweft.model.load import find_folder, load_causal_lm, read_config, read_tensors
+from llamaweft.files import need_disk
+from llamaweft.model.folder import find_folder, read_config, tensor_files
+from llamaweft.model.llama import LlamaForCausalLM, Memory
+from llamaweft.model.load import load_causal_lm
 from llamaweft.model.pack import Pack
 from llamaweft.model.presets import LlamaConfig, parameter_count
+from llamaweft.model.stores import open_store, own_codec, store_bytes
 from llamaweft.model.tokenizer import load_tokenizer
 from llamaweft.plan.flops import training_flops
 from llamaweft.plan.hardware import available_bytes, matmul_flops_per_second
 from llamaweft.plan.memory import Schedule, Workload, solve, trained_parameter_count
 from llamaweft.plan.plan import Plan, make_plan
 from llamaweft.recipe import Evaluation, Recipe
-from llamaweft.runtime import DTYPES, Runtime, choose_runtime, environment, seed_everything
+from llamaweft.runtime import (
+    Runtime,
+    anon_bytes,
+    choose_runtime,
+    environment,
+    seed_everything,
+)
 from llamaweft.train.checkpoint import LoopState, complete_checkpoints
 from llamaweft.train.events import Announcer, Listener, StopRequest
 from llamaweft.train.loop import EARLY_STOPPING, FINISHED, Loop, Settings
 from llamaweft.train.metrics import MetricsFile, read_metrics
 from llamaweft.train.optim import build_adamw, trained_parameters
-from llamaweft.train.run_folder import RunFolder, need_disk, read_json, write_json, write_text
+from llamaweft.train.run_folder import RunFolder, read_json, write_json, write_text
 from llamaweft.train.schedule import LearningRate
 from llamaweft.train.trackers import Trackers, check_installed
 
@@ -88,11 +97,23 @@ class Pipeline:
 
     @property
     def base_weights(self) -> str:
-        """fp32 or bf16: how weights are held. Full fine-tuning holds them all in fp32."""
+        """The codec that frozen weights are held in; full fine-tuning holds all in fp32."""
+        return self._base_weights[0]
+
+    @cached_property
+    def _base_weights(self) -> tuple[str, str]:
+        """The codec, and the reason for it."""
         if self.lora is None:
-            return "fp32"
+            return "fp32", "every weight is trained"
         chosen = self.recipe.base_weights
-        return self.runtime.compute_dtype_name if chosen == "auto" else chosen
+        if chosen != "auto":
+            return chosen, "asked for by the recipe"
+        if own := own_codec(self.model_folder):
+            return own, "what the model folder holds"
+        computed = "fp32" if self.runtime.compute_dtype_name == "fp32" else "bf16"
+        if store_bytes(self.config, computed) <= self.free_bytes / 2:
+            return computed, "they fit as they are computed with"
+        return "nf4", f"in {computed} they would take more than half of what is free"
 
     @cached_property
     def preparation(self) -> Preparation:
@@ -137,20 +158,22 @@ class Pipeline:
 
     @cached_property
     def workload(self) -> Workload:
-        lengths = [len(d.ids) for d in self.data.documents]
-        labels = [d.trained_tokens / len(d.ids) for d in self.data.documents]
-        pack_tokens = max(self.recipe.training.micro_batch_tokens, *lengths)
-        pack_tokens = min(pack_tokens, sum(lengths))
+        training, (tokens, labels) = self.recipe.training, self.loader.largest_pack
+        on_cpu = self.runtime.device.type == "cpu"
+        held = 0 if on_cpu or self.lora is None else store_bytes(self.config, self.base_weights)
+        compute_bytes = self.runtime.compute_dtype.itemsize
         return Workload(
             config=self.config,
-            pack_tokens=pack_tokens,
-            labels=int(pack_tokens * max(labels)),
+            pack_tokens=tokens,
+            labels=labels,
             rank=self.lora.r if self.lora else None,
             targets=tuple(t.rpartition(".")[2] for t in self.lora.target_modules)
             if self.lora
             else (),
-            frozen_bytes=DTYPES[self.base_weights].itemsize,
-            compute_bytes=self.runtime.compute_dtype.itemsize,
+            compute_bytes=compute_bytes,
+            kept_bytes=2 if training.keep_activations == "bf16" else None,
+            runtime_bytes=(anon_bytes() if on_cpu else 0) + RUNTIME_BYTES,
+            weight_bytes=held,
         )
 
     def load_model(self) -> LlamaForCausalLM:
@@ -158,7 +181,11 @@ class Pipeline:
         model = self._load(self.model_folder, frozen=self.lora is not None)
         if self.lora is not None:
             inject(model, self.lora)
-        model.model.recompute_layers = self.schedule.recompute_layers
+        model.model.memory = Memory(
+            [frozenset(names) for names in self.schedule.keep],
+            self.schedule.mlp_tile_tokens,
+            torch.bfloat16 if self.recipe.training.keep_activations == "bf16" else None,
+        )
         return model
 
     def load_frozen(self, folder: Path | None = None) -> LlamaForCausalLM:
@@ -168,10 +195,15 @@ class Pipeline:
     def _load(self, folder: Path, *, frozen: bool) -> LlamaForCausalLM:
         return load_causal_lm(
             folder,
-            frozen_dtype=DTYPES[self.base_weights] if frozen else None,
+            base_weights=self.base_weights if frozen else None,
             compute_dtype=self.runtime.compute_dtype,
             device=self.runtime.device,
         )
+
+    def prepare_weights(self, progress: Progress | None = None) -> None:
+        """Make the store of the frozen weights, where there is none yet."""
+        if self.lora is not None:
+            open_store(self.model_folder, self.base_weights, progress)
 
     def check_data(self) -> None:
         """Raises UserError when the audit blocks training (a line for each finding), when no row
@@ -217,21 +249,21 @@ class Pipeline:
 
     def decisions(self) -> dict[str, str]:
         """What was chosen, and why: printed once at the start and saved."""
-        runtime, layers = self.runtime, self.config.num_hidden_layers
+        runtime = self.runtime
         threads = f"{runtime.threads} threads" if runtime.device.type == "cpu" else ""
         trained = trained_parameter_count(self.workload)
         method = f"LoRA r {self.lora.r}" if self.lora else "full fine-tuning"
-        again = self.schedule.recompute_layers
+        share = self.schedule.recomputed_share
         recompute = (
             "nothing is recomputed: the activations fit the budget"
-            if again == 0
-            else f"{again} of {layers} layers recompute their activations to fit the budget"
+            if share == 0
+            else f"{share:.0%} of the forward pass's products are done again to fit the budget"
         )
         return {
             "model": f"{self.recipe.model}, {parameter_count(self.config) / 1e6:.1f}M parameters",
             "device": " ".join([str(runtime.device), threads]).strip(),
             "compute": f"{runtime.compute_dtype_name}: {runtime.reason}",
-            "weights": f"frozen weights held in {self.base_weights}"
+            "weights": f"frozen weights held in {self.base_weights}: {self._base_weights[1]}"
             if self.lora
             else "every weight is trained in fp32",
             "trained": f"{method}, {trained / 1e6:.2f}M parameters",
@@ -291,6 +323,7 @@ class Pipeline:
         plan = self.plan()
         need_disk(folder.root, self._disk_bytes(), "the run")
         say("loading the model")
+        self.prepare_weights(progress)
         seed_everything(self.recipe.training.seed)
         model = self.load_model()
         folder.lock()
@@ -512,9 +545,14 @@ def base_name(model: str, folder: Path) -> str:
 def copy_weights(folder: Path, model: LlamaForCausalLM) -> None:
     """Fill a model's trained weights from a Hugging Face folder."""
     with torch.no_grad():
-        for _, name, tensor in read_tensors(folder):
-            model.get_parameter(name).copy_(tensor)
+        for tensor in tensor_files(folder):
+            model.get_parameter(tensor.name).copy_(tensor.read())
 
 
 def _loss_parts(model: LlamaForCausalLM, documents: list[Document]) -> list[tuple[float, float]]:
     return model.sequence_losses(Pack.from_documents(documents).to(model.device))
+
+
+RUNTIME_BYTES = 128 * 2**20
+"""What the process takes beyond what it has when the plan is made: compiled kernels, the buffers
+of the matrix library, fragments (docs/plan.md has what was measured)."""

@@ -169,6 +169,10 @@ class Training(Section):
     )
     checkpoint_every_steps: int = Field(100, ge=1, description="steps between checkpoints")
     save_total_limit: int = Field(2, ge=1, description="newest checkpoints kept")
+    keep_activations: Literal["compute", "bf16"] = Field(
+        "compute",
+        description="dtype of what is kept for the backward pass; bf16 changes the numbers",
+    )
     report_to: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
         [], description="trackers to write to besides metrics.jsonl"
     )
@@ -200,8 +204,8 @@ class Recipe(Section):
     task: Literal["chat", "text"] = Field("chat", description="what is learnt")
     data: Data = Field(description="what is learnt from")
     adapter: Adapter = Field(Adapter(), description="what is trained")
-    base_weights: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="how frozen weights are held; auto: as computed with"
+    base_weights: Literal["auto", "nf4", "int8", "bf16", "fp32"] = Field(
+        "auto", description="how frozen weights are held; auto: as computed with, or nf4 if large"
     )
     training: Training = Field(Training(), description="the loop")
     evaluation: Evaluation = Field(Evaluation(), description="measuring on held-out rows")

@@ -21,8 +21,8 @@ from llamaweft.errors import RunError, UserError
 from llamaweft.evaluate.evaluator import Progress, side_by_side
 from llamaweft.export.hf import export_merged
 from llamaweft.export.parity import Parity, verify_adapter, verify_merged
+from llamaweft.files import written_aside
 from llamaweft.model.llama import LlamaForCausalLM
-from llamaweft.model.save import written_aside
 from llamaweft.pipeline import Pipeline, base_name, open_run
 from llamaweft.recipe import METRICS, Evaluation, Recipe, Rows
 from llamaweft.train.run_folder import write_json
@@ -181,9 +181,11 @@ def _export(
         save_adapter(model, pipeline.lora, base, folder)
         tokenizer.save_pretrained(folder)
         if verify:
-            return verify_adapter(model, folder, base, parity_prompts(pipeline))
+            return verify_adapter(
+                model, folder, base, pipeline.base_weights, parity_prompts(pipeline)
+            )
         return None
-    dtype = pipeline.base_weights  # fp32 or bf16, as it is held
+    dtype = "fp32" if pipeline.base_weights == "fp32" else "bf16"
     export_merged(model, tokenizer, folder, dtype, stop_ids(tokenizer))
     return verify_merged(model, folder, dtype, parity_prompts(pipeline)) if verify else None
 

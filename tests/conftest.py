@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache for the stores that tests make, with the models that every run shares."""
+    from llamaweft.runtime import cache_dir
+
+    shared = cache_dir() / "models"
+    shared.mkdir(parents=True, exist_ok=True)
+    cache = tmp_path_factory.mktemp("cache")
+    (cache / "models").symlink_to(shared)
+    before = os.environ.get("LLAMAWEFT_CACHE")
+    os.environ["LLAMAWEFT_CACHE"] = str(cache)
+    yield
+    if before is None:
+        del os.environ["LLAMAWEFT_CACHE"]
+    else:
+        os.environ["LLAMAWEFT_CACHE"] = before
 
 
 @pytest.fixture(scope="session")

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llamaweft.errors import UserError
+from llamaweft.weights.frozen import FrozenWeight
 from llamaweft.weights.linear import Linear
 
 LAYER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -44,21 +46,68 @@ class LoraLinear(nn.Module):
     def __init__(self, base_layer: Linear, config: LoraConfig) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.out_features = base_layer.out_features
         self.scaling, self.dropout = config.scaling, config.lora_dropout
         device = base_layer.weight.device
         self.lora_A = nn.Parameter(torch.empty(config.r, base_layer.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base_layer.out_features, config.r, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
-    def forward(self, x_TI: Tensor) -> Tensor:
-        a_RI, b_OR = self.lora_A.to(x_TI.dtype), self.lora_B.to(x_TI.dtype)
-        seen_TI = F.dropout(x_TI, self.dropout, self.training) if self.dropout else x_TI
-        low_TR = F.linear(seen_TI, a_RI) * self.scaling
-        return self.base_layer(x_TI) + F.linear(low_TR, b_OR)
+    def forward(self, x_TI: Tensor, given: Tensor | None = None) -> Tensor:
+        drops = self.dropout > 0 and self.training
+        seen_TI = F.dropout(x_TI, self.dropout) if drops else None
+        weight = self.base_layer.weight
+        assert isinstance(weight, FrozenWeight)
+        return _LoraProduct.apply(
+            x_TI, seen_TI, self.lora_A, self.lora_B, weight, self.scaling, (given,)
+        )
 
     def merged(self) -> Tensor:
         """w_OI + scaling * B A, in fp32."""
-        return self.base_layer.dequantised() + self.scaling * (self.lora_B @ self.lora_A).detach()
+        update = self.scaling * (self.lora_B @ self.lora_A).detach().float()
+        return self.base_layer.dequantised().add_(update)
+
+
+class _LoraProduct(torch.autograd.Function):
+    """y = x w^T + s (seen A^T) B^T, where `seen` is x after dropout (None: x itself).
+
+    With low = s seen A^T:  dB = g^T low,  dlow = s g B,  dA = dlow^T seen,  dseen = dlow A,
+    dx = g w. The low-rank parts are added to the products in place, so no second output is made.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TI: Tensor,
+        seen_TI: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        weight: FrozenWeight,
+        scaling: float,
+        given: tuple[Tensor | None],
+    ) -> Tensor:
+        ctx.weight, ctx.scaling = weight, scaling
+        a_RI, b_OR = lora_a.to(x_TI.dtype), lora_b.to(x_TI.dtype)
+        low_TR = ((x_TI if seen_TI is None else seen_TI) @ a_RI.t()).mul_(scaling)
+        ctx.save_for_backward(x_TI, seen_TI, lora_a, lora_b, low_TR)
+        if given[0] is not None:
+            return given[0]
+        return weight.linear(x_TI).addmm_(low_TR, b_OR.t())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_TI, seen_TI, lora_a, lora_b, low_TR = ctx.saved_tensors
+        g_TO = grads[0]
+        wants_x, wants_seen = ctx.needs_input_grad[:2]
+        a_RI, b_OR = lora_a.to(g_TO.dtype), lora_b.to(g_TO.dtype)
+        g_low_TR = (g_TO @ b_OR).mul_(ctx.scaling)
+        g_b = (g_TO.t() @ low_TR).to(lora_b.dtype)
+        g_a = (g_low_TR.t() @ (x_TI if seen_TI is None else seen_TI)).to(lora_a.dtype)
+        g_x = ctx.weight.linear_backward(g_TO) if wants_x else None
+        g_seen = g_low_TR @ a_RI if wants_seen else None
+        if seen_TI is None and g_x is not None:
+            g_x.addmm_(g_low_TR, a_RI)
+        return g_x, g_seen, g_a, g_b, None, None, None
 
 
 def inject(model: nn.Module, config: LoraConfig) -> list[str]:

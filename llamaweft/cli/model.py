@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llamaweft.cli.terminal import JsonFlag, facts, out, print_json
+from llamaweft.cli.terminal import JsonFlag, counted, facts, out, print_json
 from llamaweft.errors import UserError
 
 app = typer.Typer(
@@ -23,7 +23,7 @@ def init(
         str, typer.Option(help="Hub id, folder, tokenizer.model or builtin:smollm2-135m.")
     ],
     random: Annotated[bool, typer.Option("--random", help="Random weights.")] = False,
-    base_weights: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    base_weights: Annotated[str, typer.Option(help="nf4, int8, bf16 or fp32.")] = "fp32",
     seed: Annotated[int, typer.Option(help="Seed of the weights.", min=0)] = 0,
     json_output: JsonFlag = False,
 ) -> None:
@@ -32,7 +32,8 @@ def init(
 
     if not random:
         raise UserError("only random weights can be made; say --random")
-    config = init_random(preset, folder, tokenizer, base_weights, seed)
+    with counted("writing tensors") as progress:
+        config = init_random(preset, folder, tokenizer, base_weights, seed, progress)
     content = {"folder": str(folder), "preset": preset, **config.to_dict()}
     print_json(content) if json_output else out.print(f"wrote {folder}")
 
@@ -56,16 +57,16 @@ def inspect(
     json_output: JsonFlag = False,
 ) -> None:
     """What is in a model folder: shape, parameters, dtype, tokenizer."""
-    from llamaweft.model.load import find_folder, read_config, read_tensors
+    from llamaweft.model.folder import DTYPE_NAMES, find_folder, read_config, tensor_files
     from llamaweft.model.presets import parameter_count
+    from llamaweft.model.stores import own_codec
     from llamaweft.model.tokenizer import load_tokenizer
 
     folder = find_folder(model)
     config = read_config(folder)
     tokenizer = load_tokenizer(folder)
-    dtypes = sorted(
-        {str(tensor.dtype).removeprefix("torch.") for *_, tensor in read_tensors(folder)}
-    )
+    codec = own_codec(folder)
+    dtypes = [codec] if codec else sorted({DTYPE_NAMES[t.dtype] for t in tensor_files(folder)})
     content = {
         "folder": str(folder),
         "parameters": parameter_count(config),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -64,6 +66,16 @@ def duration(seconds: float) -> str:
     if whole >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60} min"
     return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"
+
+
+@contextmanager
+def counted(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr for something that tells (done, of all)."""
+    with Progress(
+        TextColumn(what), BarColumn(bar_width=20), MofNCompleteColumn(), console=err
+    ) as p:
+        task = p.add_task(what)
+        yield lambda done, total: p.update(task, completed=done, total=total)
 
 
 class TrainingProgress:

@@ -79,3 +79,15 @@ class Loader(Generic[Batch]):
     @property
     def packs_per_epoch(self) -> int:
         return len(self._epoch(0))
+
+    @property
+    def largest_pack(self) -> tuple[int, int]:
+        """(tokens, labels) that no pack exceeds; labels are those of the first epoch's packs and
+        a tenth more, since other epochs are packed otherwise."""
+        labels = [document.trained_tokens for document in self.documents]
+        packs = self._epoch(0)
+        most = max(sum(labels[index] for index in pack) for pack in packs)
+        tokens = max(int(self._lengths[pack].sum()) for pack in packs)
+        if self.total_packs > len(packs):
+            tokens = min(max(self.micro_batch_tokens, tokens), int(self._lengths.sum()))
+        return tokens, min(tokens, most + most // 10)

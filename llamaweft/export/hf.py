@@ -7,21 +7,24 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llamaweft.adapters.lora import lora_layers
-from llamaweft.model.llama import LlamaForCausalLM
+from llamaweft.adapters.lora import LoraLinear
+from llamaweft.model.llama import LlamaForCausalLM, RMSNorm
 from llamaweft.model.save import write_model
-from llamaweft.runtime import DTYPES
+from llamaweft.weights.codecs import PLAIN
+from llamaweft.weights.linear import Embedding, Linear
 
 
 def merged_tensors(model: LlamaForCausalLM) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor under its Hugging Face name, adapters merged in fp32."""
-    adapted = lora_layers(model)
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            continue
-        layer, _, leaf = name.replace(".base_layer.", ".").rpartition(".")
-        value = adapted[layer].merged() if layer in adapted else parameter.detach()
-        yield f"{layer}.{leaf}", value
+    """Every tensor under its Hugging Face name, one at a time, adapters merged in fp32."""
+    tied = model.config.tie_word_embeddings
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            yield f"{name}.weight", module.merged()
+        elif isinstance(module, Linear | Embedding):
+            if not name.endswith(".base_layer") and not (tied and module is model.lm_head):
+                yield f"{name}.weight", module.dequantised()
+        elif isinstance(module, RMSNorm):
+            yield f"{name}.weight", module.weight.detach()
 
 
 def export_merged(
@@ -37,6 +40,6 @@ def export_merged(
         model.config,
         merged_tensors(model),
         tokenizer.save_pretrained,  # type: ignore[attr-defined]
-        dtype=DTYPES[dtype],
+        dtype=PLAIN[dtype],
         stop_ids=stop_ids,
     )

@@ -18,6 +18,8 @@ from torch import Tensor
 from llamaweft.errors import UserError
 from llamaweft.model.llama import LlamaForCausalLM
 from llamaweft.model.pack import Pack
+from llamaweft.weights.codecs import codec_of, decode
+from llamaweft.weights.frozen import encode
 
 TOLERANCES = {"peft": 1e-4, "fp32": 1e-4, "bf16": 5e-2}
 """Norm of the difference of logits over their norm. fp32 differs by the order of summation;
@@ -55,9 +57,10 @@ def verify_merged(
 
 
 def verify_adapter(
-    live: LlamaForCausalLM, folder: Path, base: str, prompts: list[np.ndarray]
+    live: LlamaForCausalLM, folder: Path, base: str, base_weights: str, prompts: list[np.ndarray]
 ) -> Parity:
-    """Compare an adapter folder, opened by peft on its base model, with the live model.
+    """Compare an adapter folder, opened by peft on its base model held in the codec
+    `base_weights`, with the live model.
 
     Raises UserError when peft is not installed.
     """
@@ -69,10 +72,11 @@ def verify_adapter(
             "with --no-verify"
         ) from None
     model = _opened(base)
-    held = live.model.embed_tokens.weight.dtype
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.ndim > 1:  # held as the live model holds it: matrices rounded, norms not
-            parameter.data = parameter.data.to(held).float()
+            codec = codec_of(name, base_weights, parameter.ndim)
+            parts = encode(codec, parameter.data)
+            parameter.data = decode(codec, parts, torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
         consumer = PeftModel.from_pretrained(model, folder)

@@ -18,10 +18,11 @@ from gguf.constants import GGUF_MAGIC
 from gguf.quants import dequantize
 
 from llamaweft.errors import UserError
+from llamaweft.files import written_aside
 from llamaweft.model.gguf_config import gguf_config
 from llamaweft.model.gguf_tokenizer import save_gguf_tokenizer
 from llamaweft.model.presets import LlamaConfig
-from llamaweft.model.save import write_model, written_aside
+from llamaweft.model.save import write_model
 from llamaweft.runtime import DTYPES
 
 Reading = tuple[str, Callable[[], np.ndarray]]

@@ -1,54 +1,99 @@
 """Output heads. Each owns its loss, as (sum, count), and never holds all logits.
 
-T: tokens   N: labels   C: labels of one tile   E: hidden size   V: vocabulary
+N: labels   C: labels of one tile   E: hidden size   V: vocabulary
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llamaweft.model.pack import Pack
+from llamaweft.weights.frozen import FrozenWeight
 from llamaweft.weights.linear import Linear
 
-TILE_BYTES = 32 * 2**20
-"""Size of one tile of fp32 logits."""
+TILE_BYTES = 160 * 2**20
+TILE_LABELS = 384
+"""Size of one tile of fp32 logits, in bytes and in labels, whichever is less: the larger, the
+seldomer a frozen head is decoded, until the products gain no more."""
+
+VOCABULARY_TILE = {"cpu": 512, "cuda": 16384}
+"""Rows of the head that are multiplied at once."""
+
+Weight = nn.Parameter | FrozenWeight
 
 
 class CausalLMHead(Linear):
     """Next-token logits, and their cross-entropy on labelled positions only."""
 
-    def loss(self, hidden_TE: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
-        """sum_n weight_n * -log softmax(h_n W^T)[target_n], and sum_n weight_n, in fp32."""
-        hidden_NE = hidden_TE[pack.label_position_N]
+    def loss(self, hidden_NE: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
+        """sum_n weight_n * -log softmax(h_n W^T)[target_n], and sum_n weight_n, in fp32.
+
+        hidden_NE: the hidden state of each label, in the order of the pack's labels.
+        """
+        trained = self.weight if isinstance(self.weight, nn.Parameter) else None
         total = _TiledCrossEntropy.apply(
-            hidden_NE, self.weight, pack.label_target_N, pack.label_weight_N
+            hidden_NE, trained, self.weight, pack.label_target_N, pack.label_weight_N
         )
         return total, pack.label_weight_N.sum()
 
     @torch.no_grad()
-    def label_losses(self, hidden_TE: Tensor, pack: Pack) -> Tensor:
+    def label_losses(self, hidden_NE: Tensor, pack: Pack) -> Tensor:
         """-log softmax(h_n W^T)[target_n] of each label, without gradient: loss_N in fp32."""
-        hidden_NE = hidden_TE[pack.label_position_N]
-        w = self.weight.to(hidden_NE.dtype)
-        tiles = _tiles(hidden_NE, w, pack.label_target_N)
-        return torch.cat([loss_C for _, _, _, loss_C in tiles])
+        targets = pack.label_target_N
+        found = [
+            _softmax(hidden_NE[rows], self.weight, targets[rows])[1]
+            for rows in _label_tiles(len(targets), self.weight.shape[0])
+        ]
+        return torch.cat(found) if found else hidden_NE.new_zeros(0, dtype=torch.float32)
 
 
-def _tiles(
-    hidden_NE: Tensor, w_VE: Tensor, target_N: Tensor
-) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """(rows, logits_CV, log_normaliser_C1, loss_C) for one tile of labels after another."""
-    tile = max(1, TILE_BYTES // (4 * len(w_VE)))
-    for start in range(0, len(hidden_NE), tile):
-        rows = slice(start, start + tile)
-        logits_CV = (hidden_NE[rows] @ w_VE.t()).float()
-        log_normaliser_C1 = logits_CV.logsumexp(dim=-1, keepdim=True)
-        loss_C = (log_normaliser_C1 - logits_CV.gather(1, target_N[rows, None])).squeeze(1)
-        yield rows, logits_CV, log_normaliser_C1, loss_C
+def _label_tiles(labels: int, vocabulary: int) -> list[slice]:
+    """The labels in tiles of like size."""
+    most = max(1, min(TILE_LABELS, TILE_BYTES // (4 * vocabulary)))
+    count = -(-labels // most)
+    edges = [labels * i // max(count, 1) for i in range(count + 1)]
+    return [slice(a, b) for a, b in pairwise(edges)]
+
+
+def _vocabulary_tiles(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, w_rows in `dtype`), valid until the next one."""
+    vocabulary = weight.shape[0]
+    size = VOCABULARY_TILE[weight.device.type]
+    frozen = isinstance(weight, FrozenWeight)
+    if frozen and weight.device.type == "cuda":
+        whole = weight.dequantised(dtype)
+    elif not frozen:
+        whole = weight.detach().to(dtype)
+    for start in range(0, vocabulary, size):
+        rows = slice(start, min(start + size, vocabulary))
+        if frozen and weight.device.type == "cpu":
+            yield rows, weight.rows(rows.start, rows.stop, dtype)
+        else:
+            yield rows, whole[rows]
+
+
+def _softmax(hidden_CE: Tensor, weight: Weight, target_C: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax_VC in fp32, made in place of the logits, and loss_C.
+
+    The vocabulary comes first, so that each tile of the head writes memory of its own.
+    """
+    logits_VC = hidden_CE.new_empty(weight.shape[0], len(hidden_CE), dtype=torch.float32)
+    for rows, w in _vocabulary_tiles(weight, hidden_CE.dtype):
+        if hidden_CE.dtype == torch.float32:
+            torch.mm(w, hidden_CE.t(), out=logits_VC[rows])
+        else:
+            logits_VC[rows] = w @ hidden_CE.t()
+    target_1C = logits_VC.gather(0, target_C[None])
+    largest_1C = logits_VC.amax(dim=0, keepdim=True)
+    softmax_VC = logits_VC.sub_(largest_1C).exp_()
+    sum_1C = softmax_VC.sum(dim=0, keepdim=True)
+    loss_C = (sum_1C.log() + largest_1C - target_1C).squeeze(0)
+    return softmax_VC.div_(sum_1C), loss_C
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
@@ -61,29 +106,34 @@ class _TiledCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_NE: Tensor, w_VE: Tensor, target_N: Tensor, weight_N: Tensor
+        ctx: Any,
+        hidden_NE: Tensor,
+        trained_VE: Tensor | None,
+        weight: Weight,
+        target_N: Tensor,
+        weight_N: Tensor,
     ) -> Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        w = w_VE.to(hidden_NE.dtype)
         grad_NE = torch.empty_like(hidden_NE) if wants_hidden else None
-        grad_VE = torch.zeros_like(w_VE) if wants_weight else None
+        grad_VE = torch.zeros_like(weight) if wants_weight else None  # type: ignore[arg-type]
         total = torch.zeros((), dtype=torch.float32, device=hidden_NE.device)
-        for rows, logits_CV, log_normaliser_C1, loss_C in _tiles(hidden_NE, w, target_N):
+        for rows in _label_tiles(len(target_N), weight.shape[0]):
+            softmax_VC, loss_C = _softmax(hidden_NE[rows], weight, target_N[rows])
             total += (loss_C * weight_N[rows]).sum()
             if grad_NE is None and grad_VE is None:
                 continue
-            grad_CV = logits_CV.sub_(log_normaliser_C1).exp_()
-            grad_CV.scatter_add_(1, target_N[rows, None], -torch.ones_like(log_normaliser_C1))
-            grad_CV = grad_CV.mul_(weight_N[rows, None]).to(w.dtype)
+            one_1C = torch.ones_like(softmax_VC[:1])
+            grad_VC = softmax_VC.scatter_add_(0, target_N[None, rows], -one_1C)
+            grad_VC.mul_(weight_N[rows])
             if grad_NE is not None:
-                grad_NE[rows] = grad_CV @ w
+                grad_NE[rows] = _back_to_hidden(grad_VC, weight, hidden_NE.dtype)
             if grad_VE is not None:
-                grad_VE += grad_CV.t() @ hidden_NE[rows]
+                grad_VE += grad_VC.to(hidden_NE.dtype) @ hidden_NE[rows]
         ctx.save_for_backward(grad_NE, grad_VE)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scale = grads[0]
         grad_NE, grad_VE = ctx.saved_tensors
         return (
@@ -91,4 +141,17 @@ class _TiledCrossEntropy(torch.autograd.Function):
             None if grad_VE is None else grad_VE * scale,
             None,
             None,
+            None,
         )
+
+
+def _back_to_hidden(grad_VC: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
+    """grad_CE = grad_VC^T W, summed in fp32 over tiles of the vocabulary."""
+    grad_CE = grad_VC.new_zeros(grad_VC.shape[1], weight.shape[1])
+    for rows, w in _vocabulary_tiles(weight, dtype):
+        grad_C = grad_VC[rows].t()
+        if dtype == torch.float32:
+            grad_CE.addmm_(grad_C, w)
+        else:
+            grad_CE += grad_C.to(dtype) @ w
+    return grad_CE

@@ -4,17 +4,17 @@ Touvron et al. (2023), Dubey et al. (2024). Module and parameter names are those
 transformers' LlamaForCausalLM, so a Hugging Face state dict loads as it is.
 
 T: tokens   V: vocabulary   E: hidden size   F: intermediate size
-H: heads   K: key-value heads   D: head size
+H: heads   K: key-value heads   D: head size   R: rows whose output is wanted
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from llamaweft.model.attention import (
     Attend,
@@ -26,7 +26,16 @@ from llamaweft.model.attention import (
 from llamaweft.model.heads import CausalLMHead
 from llamaweft.model.pack import Pack
 from llamaweft.model.presets import LlamaConfig
-from llamaweft.weights.linear import Linear
+from llamaweft.model.replay import KEEPABLE, Segment, Tape, recorded
+from llamaweft.model.swiglu import swiglu
+from llamaweft.weights.linear import Embedding, Linear
+from llamaweft.weights.stream import Resident, Stream
+
+Rope = tuple[Tensor, Tensor]
+"""cos_TD and sin_TD."""
+
+Rows = Tensor | None
+"""Indices of the tokens whose output is wanted; None: all."""
 
 
 class RMSNorm(nn.Module):
@@ -54,12 +63,17 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.hidden_size, kv_heads * config.head_dim)
         self.o_proj = Linear(heads * config.head_dim, config.hidden_size)
 
-    def forward(self, x_TE: Tensor, cos_TD: Tensor, sin_TD: Tensor, attend: Attend) -> Tensor:
-        q_THD = self.q_proj(x_TE).unflatten(-1, (-1, self.head_dim))
-        k_TKD = self.k_proj(x_TE).unflatten(-1, (-1, self.head_dim))
-        v_TKD = self.v_proj(x_TE).unflatten(-1, (-1, self.head_dim))
-        q_THD, k_TKD = rotate(q_THD, cos_TD, sin_TD), rotate(k_TKD, cos_TD, sin_TD)
-        return self.o_proj(attend(self.layer, q_THD, k_TKD, v_TKD).flatten(1))
+    def forward(self, x_TE: Tensor, rope: Rope, attend: Attend, tape: Tape, rows: Rows) -> Tensor:
+        cos_TD, sin_TD = rope
+        q_RE = tape.product("q_proj", self.q_proj, x_TE if rows is None else x_TE[rows])
+        k_TKD = tape.product("k_proj", self.k_proj, x_TE).unflatten(-1, (-1, self.head_dim))
+        v_TKD = tape.product("v_proj", self.v_proj, x_TE).unflatten(-1, (-1, self.head_dim))
+        q_RHD = q_RE.unflatten(-1, (-1, self.head_dim))
+        at = slice(None) if rows is None else rows
+        q_RHD = rotate(q_RHD, cos_TD[at], sin_TD[at])
+        k_TKD = rotate(k_TKD, cos_TD, sin_TD)
+        o_RHD = tape.attention(attend, self.layer, q_RHD, k_TKD, v_TKD)
+        return tape.product("o_proj", self.o_proj, o_RHD.flatten(1))
 
 
 class MLP(nn.Module):
@@ -71,8 +85,10 @@ class MLP(nn.Module):
         self.up_proj = Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x_TE: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TE)) * self.up_proj(x_TE))
+    def forward(self, x_TE: Tensor, tape: Tape) -> Tensor:
+        gate_TF = tape.product("gate_proj", self.gate_proj, x_TE)
+        up_TF = tape.product("up_proj", self.up_proj, x_TE)
+        return tape.product("down_proj", self.down_proj, swiglu(gate_TF, up_TF))
 
 
 class DecoderLayer(nn.Module):
@@ -85,42 +101,126 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_TE: Tensor, cos_TD: Tensor, sin_TD: Tensor, attend: Attend) -> Tensor:
-        x_TE = x_TE + self.self_attn(self.input_layernorm(x_TE), cos_TD, sin_TD, attend)
-        return x_TE + self.mlp(self.post_attention_layernorm(x_TE))
+    def attention_segment(
+        self, x_TE: Tensor, rope: Rope, attend: Attend, tape: Tape, rows: Rows = None
+    ) -> Tensor:
+        """x + attention(norm(x)), for `rows` only where they are given."""
+        mixed_RE = self.self_attn(self.input_layernorm(x_TE), rope, attend, tape, rows)
+        return mixed_RE + (x_TE if rows is None else x_TE[rows])
+
+    def mlp_segment(self, x_TE: Tensor, tape: Tape) -> Tensor:
+        """x + mlp(norm(x))."""
+        return self.mlp(self.post_attention_layernorm(x_TE), tape) + x_TE
+
+    @property
+    def draws_random_numbers(self) -> bool:
+        """Whether an adapter in it drops inputs."""
+        return self.training and any(getattr(m, "dropout", 0) > 0 for m in self.modules())
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What training keeps of each layer's forward pass: the resolved Schedule.
+
+    keep: for each layer, names of replay.KEEPABLE. mlp_tile_tokens: rows of an MLP computed at
+    once. keep_dtype: what kept outputs are held in; None: the compute dtype.
+    """
+
+    keep: list[frozenset[str]]
+    mlp_tile_tokens: int = 1024
+    keep_dtype: torch.dtype | None = None
+
+    @classmethod
+    def all_kept(cls, layers: int) -> Memory:
+        return cls([frozenset(KEEPABLE)] * layers)
 
 
 class LlamaModel(nn.Module):
     """Token ids and positions in, the last hidden state out.
 
-    `compute_dtype`: dtype of activations and products.
-    `recompute_layers`: the first so many layers keep only their input for the backward pass and
-    compute the rest again; the numbers are the same.
+    compute_dtype: dtype of activations and products. memory: what is kept for the backward pass.
+    stream: brings the frozen weights of the next layer (weights/stream.py).
     """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
-        self.recompute_layers = 0
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.memory = Memory.all_kept(config.num_hidden_layers)
+        self.stream: Stream = Resident()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, ids_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+    @property
+    def decoders(self) -> list[DecoderLayer]:
+        """The layers, as what they are."""
+        return cast(list[DecoderLayer], list(self.layers))
+
+    def _begin(self, ids_T: Tensor, positions_T: Tensor) -> tuple[Tensor, Rope]:
         frequency = rotary_frequencies(self.config).to(ids_T.device)
-        cos_TD, sin_TD = (
-            table.to(self.compute_dtype) for table in rotary_tables(frequency, positions_T)
-        )
-        x_TE = self.embed_tokens(ids_T).to(self.compute_dtype)
-        for index, layer in enumerate(self.layers):
-            if index < self.recompute_layers and torch.is_grad_enabled():
-                x_TE = checkpoint(layer, x_TE, cos_TD, sin_TD, attend, use_reentrant=False)
-            else:
-                x_TE = layer(x_TE, cos_TD, sin_TD, attend)
+        cos_TD, sin_TD = rotary_tables(frequency, positions_T)
+        x_TE = self.embed_tokens(ids_T, self.compute_dtype)
+        return x_TE, (cos_TD.to(self.compute_dtype), sin_TD.to(self.compute_dtype))
+
+    def forward(self, ids_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+        """h_TE of every token: for measuring and for answers. Keeps what autograd asks for."""
+        x_TE, rope = self._begin(ids_T, positions_T)
+        for index, layer in enumerate(self.decoders):
+            self.stream.before(index, 1)
+            x_TE = layer.attention_segment(x_TE, rope, attend, Tape())
+            x_TE = layer.mlp_segment(x_TE, Tape())
         return self.norm(x_TE)
+
+    def train_forward(self, pack: Pack, rows_R: Tensor) -> Tensor:
+        """h_RE of the rows that have a label, each layer in segments that keep what `memory` says.
+
+        The last layer computes keys and values of all tokens, and the rest for `rows_R` only.
+        Layers below the lowest trained one are not part of the backward pass.
+        """
+        x_TE, rope = self._begin(pack.ids_T, pack.positions_T)
+        attend, last = PackAttention(pack), len(self.layers) - 1
+        for index, layer in enumerate(self.decoders):
+            self.stream.before(index, 1)
+            rows = rows_R if index == last else None
+            if rows is not None:
+                attend = PackAttention(pack, rows)
+            trained = any(p.requires_grad for p in layer.parameters())
+            if trained or x_TE.requires_grad:
+                x_TE = self._recorded_layer(index, x_TE, rope, attend, rows)
+            else:
+                x_TE = layer.attention_segment(x_TE, rope, attend, Tape(), rows)
+                x_TE = layer.mlp_segment(x_TE, Tape())
+        return self.norm(x_TE)
+
+    def _recorded_layer(
+        self, index: int, x_TE: Tensor, rope: Rope, attend: Attend, rows: Rows
+    ) -> Tensor:
+        layer, keep = self.decoders[index], self.memory.keep[index]
+        dtype, random = self.memory.keep_dtype, layer.draws_random_numbers
+        attention = Segment(
+            lambda x, tape: layer.attention_segment(x, rope, attend, tape, rows),
+            keep,
+            "o_proj",
+            dtype=dtype,
+            random=random,
+        )
+        mlp = Segment(
+            layer.mlp_segment,
+            keep,
+            "down_proj",
+            tile=self.memory.mlp_tile_tokens,
+            source=None if "mid" in keep else attention,
+            dtype=dtype,
+            random=random,
+        )
+
+        def before() -> None:
+            self.stream.before(index, -1)
+
+        return recorded(mlp, recorded(attention, x_TE, before), before)
 
 
 class LlamaForCausalLM(nn.Module):
@@ -136,11 +236,11 @@ class LlamaForCausalLM(nn.Module):
     def tie_weights(self) -> None:
         """One matrix for embedding and head, where the config says so."""
         if self.config.tie_word_embeddings:
-            self.lm_head.weight = cast(nn.Parameter, self.model.embed_tokens.weight)
+            self.lm_head.hold(self.model.embed_tokens.weight)
 
     @property
     def device(self) -> torch.device:
-        return self.model.embed_tokens.weight.device
+        return self.model.norm.weight.device
 
     def hidden(self, pack: Pack) -> Tensor:
         """The last hidden state h_TE of a pack."""
@@ -149,12 +249,15 @@ class LlamaForCausalLM(nn.Module):
     def loss(self, pack: Pack) -> tuple[Tensor, Tensor]:
         """Weighted sum of the cross-entropy over the pack's labels, in nats, and the sum of
         their weights. Divide once, over the global batch."""
-        return self.lm_head.loss(self.hidden(pack), pack)
+        rows_R, place_N = pack.label_position_N.unique(return_inverse=True)
+        hidden_NE = self.model.train_forward(pack, rows_R)[place_N]
+        return self.lm_head.loss(hidden_NE, pack)
 
     @torch.no_grad()
     def sequence_losses(self, pack: Pack) -> list[tuple[float, float]]:
         """For each document that has labels: summed cross-entropy in nats, summed weight."""
-        loss_N = self.lm_head.label_losses(self.hidden(pack), pack) * pack.label_weight_N
+        hidden_NE = self.hidden(pack)[pack.label_position_N]
+        loss_N = self.lm_head.label_losses(hidden_NE, pack) * pack.label_weight_N
         sums = torch.bincount(pack.label_sequence_N, loss_N.double())
         weights = torch.bincount(pack.label_sequence_N, pack.label_weight_N.double())
         rows = zip(sums.tolist(), weights.tolist(), strict=True)
@@ -163,3 +266,9 @@ class LlamaForCausalLM(nn.Module):
     def forward(self, pack: Pack) -> Tensor:
         """Logits_TV of every position, in fp32: for comparing, not for training."""
         return self.lm_head(self.hidden(pack)).float()
+
+
+def empty_causal_lm(config: LlamaConfig) -> LlamaForCausalLM:
+    """The modules without memory for their weights."""
+    with torch.device("meta"):
+        return LlamaForCausalLM(config)

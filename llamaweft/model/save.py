@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,44 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llamaweft.errors import UserError
 from llamaweft.model.presets import LlamaConfig
 
 SHARD_BYTES = 2 * 10**9
 """A shard is closed once it holds this much; it bounds the memory that writing needs."""
-
-
-@contextmanager
-def written_aside(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place, flushed to the disk, when all went
-    well; otherwise nothing is left.
-
-    Raises UserError when `folder` is there and not empty, cannot be written, or the disk is full.
-    """
-    if folder.is_file() or (folder.exists() and any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not empty; give a new folder")
-    aside = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        _flush(aside)
-        if folder.exists():
-            folder.rmdir()
-        aside.rename(folder)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _flush(folder: Path) -> None:
-    """Onto the disk, so that the folder's new name never stands for missing bytes."""
-    for path in folder.iterdir():
-        if path.is_file():
-            path.chmod(0o644)  # safetensors lets only the owner read
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
 
 
 def write_model(
@@ -70,7 +33,20 @@ def write_model(
     """
     # transformers 4 reads torch_dtype, 5 dtype.
     name = str(dtype).removeprefix("torch.")
-    _write_json(folder / "config.json", config.to_dict() | {"torch_dtype": name, "dtype": name})
+    names = {"torch_dtype": name, "dtype": name}
+    write_description(folder, config, save_tokenizer, stop_ids, names)
+    _write_shards(folder, ((key, tensor.to(dtype)) for key, tensor in tensors))
+
+
+def write_description(
+    folder: Path,
+    config: LlamaConfig,
+    save_tokenizer: Callable[[Path], Any],
+    stop_ids: Iterable[int],
+    more: dict[str, str] | None = None,
+) -> None:
+    """Everything of a model folder but its weights. more: further keys of config.json."""
+    _write_json(folder / "config.json", config.to_dict() | (more or {}))
     stops = sorted(stop_ids)
     ids = {
         "bos_token_id": config.bos_token_id,
@@ -79,7 +55,6 @@ def write_model(
     }
     known = {key: value for key, value in ids.items() if value is not None}
     _write_json(folder / "generation_config.json", known)
-    _write_shards(folder, ((key, tensor.to(dtype)) for key, tensor in tensors))
     save_tokenizer(folder)
 
 

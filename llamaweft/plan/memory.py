@@ -1,6 +1,9 @@
-"""Peak memory of a training run from its shapes, and what to recompute so that it fits.
+"""Peak memory of a training run from its shapes, and what to keep so that it fits.
 
-Pure arithmetic: shapes and a budget in, a Schedule out. T: tokens of a pack.
+Pure arithmetic: shapes and a budget in, a Schedule out. What is counted is anonymous memory on a
+CPU, where frozen weights are mapped files, and device memory on a GPU.
+
+T: tokens of a pack   R: rows of the last layer that a label needs   M: rows of an MLP tile
 """
 
 from __future__ import annotations
@@ -11,11 +14,18 @@ from typing import Any
 from llamaweft.errors import UserError
 from llamaweft.model.presets import LlamaConfig, parameter_count
 
-RUNTIME_BYTES = 420 * 2**20
-"""Anonymous memory of the process before a model is loaded: Python, torch, the tokenizer."""
+MLP_TILE_TOKENS = 1024
+"""Rows of an MLP that are computed at once. More rows make no product faster, and a long pack
+would need memory for all of them."""
 
-LOGIT_TILE_BYTES = 3 * 32 * 2**20
-"""The tile of logits that the loss works on, with its temporaries."""
+LOGIT_BYTES, LOGIT_LABELS = 160 * 2**20, 384
+"""The tile of logits that the loss works on: in bytes and in labels, whichever is less."""
+
+ATTENTION_BLOCK_BYTES = 96 * 2**20
+"""Scores of the blocks that attention's backward pass works on."""
+
+TILE_NUMBERS = 512
+"""Rows or columns of a frozen matrix that are decoded at once."""
 
 LINEARS = {
     "q_proj": ("hidden", "queries"),
@@ -28,6 +38,21 @@ LINEARS = {
 }
 """Input and output of each linear layer."""
 
+KEEPABLE = {
+    "mid": ("o_proj", "hidden"),
+    "q_proj": ("q_proj", "queries"),
+    "k_proj": ("k_proj", "keys"),
+    "v_proj": ("v_proj", "keys"),
+    "gate_proj": ("gate_proj", "inner"),
+    "up_proj": ("up_proj", "inner"),
+    "attention": (None, "queries"),
+}
+"""What a layer may keep: the product that is then not computed again, and the width that is held
+(model/replay.py). In the order in which a budget is spent: attention's own arithmetic is small."""
+
+OF_ALL_TOKENS = ("k_proj", "v_proj")
+"""What the last layer computes for every token."""
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -35,7 +60,10 @@ class Workload:
 
     pack_tokens: tokens of the largest pack. labels: trained tokens in it, at most.
     rank: LoRA's r, or None for full fine-tuning. targets: adapted linear layers.
-    frozen_bytes, compute_bytes: bytes of an element as it is held and as it is computed with.
+    weight_bytes: of the frozen weights, where they take memory of the kind that is counted.
+    compute_bytes, kept_bytes: of a number as it is computed with, and as it is kept.
+    optimizer_bytes: of the optimizer's state, for each trained number.
+    runtime_bytes: what the process holds before a model is loaded.
     """
 
     config: LlamaConfig
@@ -43,18 +71,24 @@ class Workload:
     labels: int
     rank: int | None
     targets: tuple[str, ...]
-    frozen_bytes: int
     compute_bytes: int
+    runtime_bytes: int
+    weight_bytes: int = 0
+    kept_bytes: int | None = None
+    optimizer_bytes: float = 8.0
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What is kept for the backward pass and what is computed again, with the bytes by part.
+    """What is kept for the backward pass, with the bytes by part.
 
-    recompute_layers: the first so many layers keep only their input.
+    keep: for each layer, names of KEEPABLE. recomputed_share: multiplications of the base that are
+    done again, as a share of those of one forward pass.
     """
 
-    recompute_layers: int
+    keep: tuple[tuple[str, ...], ...]
+    mlp_tile_tokens: int
+    recomputed_share: float
     parts: dict[str, int]
 
     @property
@@ -68,42 +102,52 @@ class Schedule:
 def solve(work: Workload, budget_bytes: int | None) -> Schedule:
     """The schedule with the least recomputation that stays inside the budget.
 
-    Raises UserError, with the smallest budget that works, when none does.
+    All that may be kept saves the same arithmetic for its bytes, since its products have inputs of
+    the same width; so whatever fits is taken, the last layer first. Raises UserError, with the
+    smallest budget that works, when none does.
     """
     layers = work.config.num_hidden_layers
-    least = schedule(work, layers)
-    if budget_bytes is not None and least.peak_bytes > budget_bytes:
+    least = schedule(work, [()] * layers)
+    if budget_bytes is None:
+        return schedule(work, [tuple(KEEPABLE)] * layers)
+    if least.peak_bytes > budget_bytes:
         raise UserError(
             f"training.memory_budget: {_gib(budget_bytes)} is too small for this model and pack; "
             f"the smallest that works is {_gib(least.peak_bytes, up=True)}, or lower "
             "training.micro_batch_tokens"
         )
-    for recomputed in range(layers):
-        found = schedule(work, recomputed)
-        if budget_bytes is None or found.peak_bytes <= budget_bytes:
-            return found
-    return least
+    full = schedule(work, [tuple(KEEPABLE)] * layers)
+    if full.peak_bytes <= budget_bytes:
+        return full
+    keep: list[tuple[str, ...]] = [()] * layers
+    left = budget_bytes - least.peak_bytes
+    for name in KEEPABLE:
+        for layer in reversed(range(layers)):
+            size = kept_bytes(work, name, layer)
+            if size <= left:
+                keep[layer] += (name,)
+                left -= size
+    return schedule(work, keep)
 
 
-def schedule(work: Workload, recompute_layers: int) -> Schedule:
-    """The bytes by part when the first `recompute_layers` layers are recomputed."""
-    config = work.config
+def schedule(work: Workload, keep: list[tuple[str, ...]]) -> Schedule:
+    """The bytes by part when each layer keeps what `keep` says."""
     trained = trained_parameter_count(work)
-    weights = 0 if work.rank is None else parameter_count(config) * work.frozen_bytes
-    kept = layer_activation_bytes(work)
-    layer_input = work.pack_tokens * config.hidden_size * work.compute_bytes
-    full_layers = config.num_hidden_layers - recompute_layers
-    activations = full_layers * kept + recompute_layers * layer_input
+    layers = work.config.num_hidden_layers
+    inputs = layers * work.pack_tokens * work.config.hidden_size * work.compute_bytes
+    kept = sum(kept_bytes(work, name, i) for i, names in enumerate(keep) for name in names)
     parts = {
-        "runtime": RUNTIME_BYTES,
-        "weights": weights,
+        "runtime": work.runtime_bytes,
+        "weights": work.weight_bytes,
         "trained": 4 * trained,
         "gradients": 4 * trained,
-        "optimizer": 8 * trained,
-        "activations": activations,
-        "workspace": _workspace_bytes(work) + (kept if recompute_layers else 0),
+        "optimizer": round(work.optimizer_bytes * trained),
+        "activations": inputs + kept,
+        "workspace": workspace_bytes(work, keep),
     }
-    return Schedule(recompute_layers, parts)
+    again = sum(recomputed_multiplications(work, names, i) for i, names in enumerate(keep))
+    once = sum(layer_multiplications(work, i) for i in range(layers))
+    return Schedule(tuple(keep), MLP_TILE_TOKENS, again / once, parts)
 
 
 def trained_parameter_count(work: Workload) -> int:
@@ -123,50 +167,62 @@ def adapter_parameters(work: Workload) -> int:
     return work.config.num_hidden_layers * work.rank * per_layer
 
 
-def layer_activation_bytes(work: Workload) -> int:
-    """What one layer keeps for its backward pass.
+def kept_bytes(work: Workload, name: str, layer: int) -> int:
+    """Bytes of one kept output."""
+    width = _sizes(work.config)[KEEPABLE[name][1]]
+    normaliser = 4 * work.config.num_attention_heads if name == "attention" else 0
+    held = work.compute_bytes
+    if work.kept_bytes is not None and name not in ("mid", "attention"):
+        held = work.kept_bytes
+    return _rows(work, name, layer) * (width * held + normaliser)
 
-    In the compute dtype: both norms' outputs where a trained product needs them as input, q, k
-    and v after rotation, the attention's output, gate, up and silu(gate) and, where the down
-    projection is trained or adapted, its input. In fp32: the inputs of both norms, which are
-    the residual stream, cast.
-    """
+
+def _rows(work: Workload, name: str, layer: int) -> int:
+    last = layer == work.config.num_hidden_layers - 1
+    trimmed = last and name not in OF_ALL_TOKENS
+    return min(work.labels, work.pack_tokens) if trimmed else work.pack_tokens
+
+
+def layer_multiplications(work: Workload, layer: int) -> int:
+    """Multiplications of the base's products in one forward pass of a layer."""
     sizes = _sizes(work.config)
-    trained = set(LINEARS) if work.rank is None else set(work.targets)
-    elements = sizes["queries"] * 2 + sizes["keys"] * 2 + sizes["inner"] * 3
-    if trained & {"q_proj", "k_proj", "v_proj"}:
-        elements += sizes["hidden"]
-    if trained & {"gate_proj", "up_proj"}:
-        elements += sizes["hidden"]
-    if "down_proj" in trained:
-        elements += sizes["inner"]
-    weights = _weight_copy_elements(work)
-    return (
-        work.pack_tokens * (elements * work.compute_bytes + 2 * sizes["hidden"] * 4)
-        + weights * work.compute_bytes
+    return sum(_rows(work, n, layer) * sizes[a] * sizes[b] for n, (a, b) in LINEARS.items())
+
+
+def recomputed_multiplications(work: Workload, kept: tuple[str, ...], layer: int) -> int:
+    """Those that the backward pass does again. The last product of each segment never is, unless
+    the hidden state between the segments was not kept."""
+    sizes = _sizes(work.config)
+    spared = {KEEPABLE[name][0] for name in kept} | {"down_proj"}
+    return sum(
+        _rows(work, n, layer) * sizes[a] * sizes[b]
+        for n, (a, b) in LINEARS.items()
+        if n not in spared
     )
 
 
-def _weight_copy_elements(work: Workload) -> int:
-    """Trained weights are cast once a pass where the compute dtype is not fp32."""
-    if work.compute_bytes == 4:
-        return 0
-    if work.rank is not None:
-        return adapter_parameters(work) // work.config.num_hidden_layers
-    sizes = _sizes(work.config)
-    return sum(sizes[source] * sizes[target] for source, target in LINEARS.values())
-
-
-def _workspace_bytes(work: Workload) -> int:
-    """What is alive for a moment: the widest layer's gradients, a tile of logits, and copies of
-    a weight where it is held in another dtype than it is computed in."""
-    sizes = _sizes(work.config)
-    head = work.config.vocab_size * sizes["hidden"]
-    copies = head * work.compute_bytes if work.compute_bytes != work.frozen_bytes else 0
-    wide = 5 * work.pack_tokens * sizes["inner"] * work.compute_bytes
-    labels = 2 * work.labels * sizes["hidden"] * work.compute_bytes
-    head_gradient = head * 4 if work.rank is None else 0
-    return wide + labels + copies + head_gradient + LOGIT_TILE_BYTES
+def workspace_bytes(work: Workload, keep: list[tuple[str, ...]]) -> int:
+    """What is alive for a moment: the largest of a layer's backward pass and the head, a decoded
+    tile of a weight, and what trained weights need."""
+    sizes, tokens = _sizes(work.config), work.pack_tokens
+    tile = min(tokens, MLP_TILE_TOKENS)
+    hidden, inner, queries, keys = (sizes[n] for n in ("hidden", "inner", "queries", "keys"))
+    # Gate and up, unless they were kept; their product or one's gradient; the other's gradient.
+    fresh = max(2 - ("gate_proj" in names) - ("up_proj" in names) for names in keep)
+    mlp = tile * inner * (2 + fresh) + 6 * tokens * hidden
+    if any("mid" not in names for names in keep):
+        mlp += tokens * (2 * queries + 2 * keys + 2 * hidden)
+    attention = tokens * (6 * hidden + 4 * queries + 4 * keys)
+    layer = max(mlp * work.compute_bytes, attention * work.compute_bytes + ATTENTION_BLOCK_BYTES)
+    logits = min(LOGIT_BYTES, 4 * work.config.vocab_size * min(work.labels, LOGIT_LABELS))
+    head = logits + 3 * work.labels * hidden * work.compute_bytes
+    decoded = TILE_NUMBERS * max(inner, hidden) * 4
+    trained_head = 0
+    if work.rank is None:
+        cast = work.compute_bytes if work.compute_bytes != 4 else 0
+        trained_head = work.config.vocab_size * hidden * (4 + cast)
+        decoded = 3 * inner * hidden * work.compute_bytes
+    return max(layer, head + trained_head) + decoded
 
 
 def _sizes(config: LlamaConfig) -> dict[str, int]:

@@ -51,13 +51,12 @@ def make_plan(
     budget_bytes: int,
     decisions: dict[str, str],
 ) -> Plan:
-    """Time from FLOPs and the measured matmul rate; recomputed layers cost a forward more."""
+    """Time from FLOPs and the measured matmul rate; what is recomputed costs a forward more."""
     frozen = work.rank is not None
     flops = training_flops(
         work.config, int(mean_step_tokens), int(mean_step_labels), frozen_base=frozen
     )
-    products = 2 if frozen else 3
-    again = schedule.recompute_layers / work.config.num_hidden_layers / products
+    again = schedule.recomputed_share / (2 if frozen else 3)
     seconds = flops * (1 + again) / (flops_per_second * EFFICIENCY[work.compute_bytes])
     return Plan(
         schedule=schedule,

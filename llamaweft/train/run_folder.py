@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -89,14 +88,3 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is no file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def need_disk(folder: Path, needed_bytes: int, what: str) -> None:
-    """Raises UserError when the disk of `folder` has not that much room."""
-    existing = next(p for p in [folder, *folder.absolute().parents] if p.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed_bytes:
-        raise UserError(
-            f"the disk of {folder} has {free / 2**20:.0f} MiB free, {what} needs "
-            f"{needed_bytes / 2**20:.0f} MiB; free some or give another folder"
-        )

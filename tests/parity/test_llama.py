@@ -13,10 +13,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from llamaweft.adapters.lora import LoraConfig, inject, lora_layers
 from llamaweft.data.chat import Document
 from llamaweft.model.builtin import builtin_folder
+from llamaweft.model.llama import Memory
 from llamaweft.model.load import load_causal_lm
 from llamaweft.model.pack import Pack
+from llamaweft.model.replay import KEEPABLE
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -61,7 +64,7 @@ def their_loss(model: torch.nn.Module, document: Document) -> tuple[torch.Tensor
 
 
 def compare(folder: Path, lengths: tuple[int, ...], tolerance: float) -> None:
-    ours = load_causal_lm(folder, frozen_dtype=None)
+    ours = load_causal_lm(folder, base_weights=None)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     made = documents(ours.config.vocab_size, lengths)
     pack = Pack.from_documents(made)
@@ -103,13 +106,27 @@ def test_logits_and_gradients_of_the_embedded_model() -> None:
     compare(builtin_folder("builtin:smollm2-135m"), (40, 9), 5e-5)
 
 
-def test_recomputed_layers_give_the_same_bits(tiny_folder: Path) -> None:
-    def gradients(recomputed: int) -> list[torch.Tensor]:
-        model = load_causal_lm(tiny_folder, frozen_dtype=None)
-        model.model.recompute_layers = recomputed
-        total, _ = model.loss(Pack.from_documents(documents(1000, (50, 20))))
-        total.backward()
-        return [p.grad for p in model.parameters()]
+def gradients(folder: Path, keep: frozenset[str], tile: int, adapted: bool) -> list[torch.Tensor]:
+    model = load_causal_lm(folder, base_weights="nf4" if adapted else None)
+    if adapted:
+        torch.manual_seed(4)
+        inject(model, LoraConfig(r=4, lora_dropout=0.1))
+        for layer in lora_layers(model).values():
+            torch.nn.init.normal_(layer.lora_B, std=0.1)
+    model.train()
+    model.model.memory = Memory([keep] * 2, tile)
+    torch.manual_seed(5)
+    total, _ = model.loss(Pack.from_documents(documents(1000, (50, 20))))
+    total.backward()
+    return [p.grad for p in model.parameters() if p.requires_grad]
 
-    for kept, again in zip(gradients(0), gradients(2), strict=True):
-        assert torch.equal(kept, again)
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_kept_or_recomputed_the_bits_are_the_same(tiny_folder: Path, adapted: bool) -> None:
+    everything = gradients(tiny_folder, frozenset(KEEPABLE), 32, adapted)
+    assert len(everything) == (28 if adapted else 21)
+    for names in [set(), {"mid"}, {"mid", "gate_proj", "k_proj"}, {"attention", "q_proj"}]:
+        for kept, again in zip(
+            everything, gradients(tiny_folder, frozenset(names), 32, adapted), strict=True
+        ):
+            assert torch.equal(kept, again), names

@@ -30,7 +30,7 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 @pytest.mark.parametrize("targets", [LAYER_LINEARS, ("q_proj", "down_proj")])
 def test_forward_and_gradients(tiny_folder: Path, use_rslora: bool, targets: tuple) -> None:
     config = LoraConfig(r=4, lora_alpha=12, use_rslora=use_rslora, target_modules=targets)
-    ours = load_causal_lm(tiny_folder, frozen_dtype=torch.float32)
+    ours = load_causal_lm(tiny_folder, base_weights="fp32")
     inject(ours, config)
     theirs = get_peft_model(
         AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32),
@@ -65,7 +65,7 @@ def test_forward_and_gradients(tiny_folder: Path, use_rslora: bool, targets: tup
 
 def test_the_folder_opens_in_peft_and_comes_back(tiny_folder: Path, tmp_path: Path) -> None:
     config = LoraConfig(r=4, lora_alpha=8)
-    ours = load_causal_lm(tiny_folder, frozen_dtype=torch.float32)
+    ours = load_causal_lm(tiny_folder, base_weights="fp32")
     inject(ours, config)
     state = {name: torch.randn(t.shape) * 0.1 for name, t in adapter_state(ours).items()}
     load_adapter_state(ours, state, "test")
@@ -81,24 +81,24 @@ def test_the_folder_opens_in_peft_and_comes_back(tiny_folder: Path, tmp_path: Pa
 
 
 def test_a_frozen_weight_gets_no_gradient(tiny_folder: Path) -> None:
-    model = load_causal_lm(tiny_folder, frozen_dtype=torch.bfloat16)
+    model = load_causal_lm(tiny_folder, base_weights="bf16")
     inject(model, LoraConfig())
     total, _ = model.loss(Pack.from_documents([DOCUMENT]))
     total.backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == (".lora_" in name), name
     layer = model.get_submodule("model.layers.0.mlp.up_proj.base_layer")
-    assert layer.weight.dtype == torch.bfloat16
+    assert layer.weight.codec == "bf16"
 
 
 def test_an_unknown_target_is_an_error(tiny_folder: Path) -> None:
-    model = load_causal_lm(tiny_folder, frozen_dtype=torch.float32)
+    model = load_causal_lm(tiny_folder, base_weights="fp32")
     with pytest.raises(UserError, match=r"'q_prj'.*q_proj"):
         inject(model, LoraConfig(target_modules=("q_prj",)))
 
 
 def test_an_adapter_of_another_shape_is_an_error(tiny_folder: Path) -> None:
-    model = load_causal_lm(tiny_folder, frozen_dtype=torch.float32)
+    model = load_causal_lm(tiny_folder, base_weights="fp32")
     inject(model, LoraConfig(r=4))
     state = adapter_state(model)
     name = next(iter(state))

@@ -24,7 +24,7 @@ PROMPTS = [RANDOM.integers(3, 900, n).tolist() for n in (7, 31, 12, 1)]
 
 @pytest.fixture(scope="module")
 def model(tiny_folder: Path):
-    return load_causal_lm(tiny_folder, frozen_dtype=torch.float32).eval()
+    return load_causal_lm(tiny_folder, base_weights="fp32").eval()
 
 
 def last_logits(model, ids: list[int]) -> torch.Tensor:

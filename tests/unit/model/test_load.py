@@ -19,13 +19,14 @@ def test_shards_hold_the_same_model(tiny_folder: Path, tmp_path: Path, monkeypat
     index = json.loads((tmp_path / "sharded/model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
     expected = load_file(tiny_folder / "model.safetensors")
-    loaded = dict(load_causal_lm(tmp_path / "sharded", frozen_dtype=None).named_parameters())
+    loaded = dict(load_causal_lm(tmp_path / "sharded", base_weights=None).named_parameters())
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
 
-def test_frozen_matrices_are_held_in_their_dtype_and_norms_in_fp32(tiny_folder: Path) -> None:
-    model = load_causal_lm(tiny_folder, frozen_dtype=torch.bfloat16)
-    for parameter in model.parameters():
-        assert not parameter.requires_grad
-        assert parameter.dtype == (torch.bfloat16 if parameter.ndim > 1 else torch.float32)
+def test_frozen_matrices_are_held_in_their_codec_and_norms_in_fp32(tiny_folder: Path) -> None:
+    model = load_causal_lm(tiny_folder, base_weights="nf4")
+    assert [p.dtype for p in model.parameters()] == [torch.float32] * 5
+    assert not any(p.requires_grad for p in model.parameters())
+    assert model.model.layers[1].mlp.up_proj.weight.codec == "nf4"
+    assert model.model.embed_tokens.weight.codec == model.lm_head.weight.codec == "int8"

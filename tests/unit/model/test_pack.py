@@ -29,7 +29,7 @@ def test_labels_are_the_next_tokens_that_are_trained() -> None:
 
 
 def test_a_document_does_not_see_its_neighbours(tiny_folder: Path) -> None:
-    model = load_causal_lm(tiny_folder, frozen_dtype=None)
+    model = load_causal_lm(tiny_folder, base_weights=None)
     random = np.random.default_rng(0)
     first, second, other = (random.integers(0, 900, 40).tolist() for _ in range(3))
     ones = [1] * 40
@@ -75,7 +75,7 @@ def test_a_shared_prefix_gives_the_loss_and_gradients_of_separate_documents(
     )
     results = []
     for pack in (shared(prefix, endings), apart):
-        model = load_causal_lm(tiny_folder, frozen_dtype=None)
+        model = load_causal_lm(tiny_folder, base_weights=None)
         total, count = model.loss(pack)
         total.backward()
         results.append((total.detach(), count, [p.grad for p in model.parameters()]))
@@ -87,7 +87,7 @@ def test_a_shared_prefix_gives_the_loss_and_gradients_of_separate_documents(
 
 
 def test_weights_scale_a_label(tiny_folder: Path) -> None:
-    model = load_causal_lm(tiny_folder, frozen_dtype=None)
+    model = load_causal_lm(tiny_folder, base_weights=None)
     pack = Pack.from_documents([document([5, 6, 7, 8], [0, 1, 1, 1])])
     heavy = replace(pack, label_weight_N=torch.tensor([2.0, 0.5, 0.0]))
     losses = model.lm_head.label_losses(model.hidden(pack), pack)
@@ -97,7 +97,7 @@ def test_weights_scale_a_label(tiny_folder: Path) -> None:
 
 
 def test_sequence_losses_are_those_of_each_document_alone(tiny_folder: Path) -> None:
-    model = load_causal_lm(tiny_folder, frozen_dtype=None)
+    model = load_causal_lm(tiny_folder, base_weights=None)
     documents = [document([3, 4, 5], [0, 1, 1]), document([9, 8, 7, 6], [0, 0, 0, 1])]
     together = model.sequence_losses(Pack.from_documents(documents))
     alone = [model.sequence_losses(Pack.from_documents([d]))[0] for d in documents]

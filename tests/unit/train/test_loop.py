@@ -44,7 +44,7 @@ def loop_over(
     steps: list[list[Pack]], folder: Path, tmp_path: Path, **changes
 ) -> tuple[Loop, list]:
     """A loop with plain gradient descent, so that weights show the gradient itself."""
-    model = load_causal_lm(folder, frozen_dtype=None)
+    model = load_causal_lm(folder, base_weights=None)
     parameters = trained_parameters(model)
     seen: list = []
     settings = Settings(

@@ -1,0 +1,176 @@
+"""A matrix that is never trained: held in a codec, multiplied without a whole copy.
+
+On a CPU a product takes the matrix in tiles: a few rows (forward) or columns (backward) are
+decoded into a buffer that stays in the cache and multiplied at once. No sum is cut in two, so the
+tiles change no rounding beyond that of a smaller product. On a GPU the whole matrix is decoded for
+the moment of the product.
+
+T: tokens   I: input features   O: output features   N: rows asked for
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llamaweft.weights.codecs import BLOCK, PLAIN, decode, decode_nf4_on_cuda
+from llamaweft.weights.kernels import HAS_AVX2, decode_int8, decode_nf4
+
+TILE_ROWS = 512
+TILE_COLUMNS = 512
+"""Sizes of tiles: small enough for the cache, large enough for the matrix product
+(benchmarks/bench_tiles.py)."""
+
+
+class Scratch:
+    """One buffer for decoded tiles, shared by all matrices of a model and grown to the largest."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[torch.dtype, Tensor] = {}
+
+    def take(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        buffer = self._buffers.get(dtype)
+        if buffer is None or buffer.numel() < rows * columns:
+            buffer = self._buffers[dtype] = torch.empty(rows * columns, dtype=dtype)
+        return buffer[: rows * columns].view(rows, columns)
+
+
+class FrozenWeight:
+    """w_OI in a codec.
+
+    parts: its arrays (weights/codecs.py), on one device. verify: called once, before the first
+    read; raises when what is held is not what was written.
+    """
+
+    def __init__(
+        self,
+        codec: str,
+        shape: tuple[int, ...],
+        parts: dict[str, Tensor],
+        *,
+        scratch: Scratch | None = None,
+        verify: Callable[[], None] | None = None,
+    ) -> None:
+        self.codec, self.shape, self._parts = codec, torch.Size(shape), parts
+        self._scratch = scratch or Scratch()
+        self._verify = verify
+        on_cpu = all(part.device.type == "cpu" for part in parts.values())
+        has_kernel = on_cpu and codec not in PLAIN
+        self._arrays = {k: part.numpy() for k, part in parts.items()} if has_kernel else {}
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self._parts.values())).device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self._parts.values())
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The arrays, verified."""
+        if self._verify is not None:
+            self._verify()
+            self._verify = None
+        return self._parts
+
+    def to(self, device: torch.device) -> FrozenWeight:
+        """The same matrix on `device`; itself where it is there already."""
+        if device.type == self.device.type:
+            return self
+        parts = {name: part.to(device) for name, part in self.parts.items()}
+        return FrozenWeight(self.codec, tuple(self.shape), parts)
+
+    def place(self, parts: dict[str, Tensor]) -> None:
+        """Read from these arrays from now on: the same numbers, on a GPU."""
+        self._parts, self._arrays = parts, {}
+
+    def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """w_OI, whole."""
+        if self._arrays and dtype == torch.float32:
+            return self._decode(0, self.shape[0], 0, self.shape[1], torch.empty(self.shape))
+        if self.codec == "nf4" and self.device.type == "cuda":
+            return decode_nf4_on_cuda(self.parts, self.shape, dtype)
+        return decode(self.codec, self.parts, dtype)
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """w[start:stop] in `dtype`; valid until the next call on any matrix of the model."""
+        return self._window(start, stop, 0, self.shape[1], dtype)
+
+    def columns(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """w[:, start:stop] in `dtype`; valid until the next call on any matrix of the model."""
+        return self._window(0, self.shape[0], start, stop, dtype)
+
+    def _window(self, r0: int, r1: int, c0: int, c1: int, dtype: torch.dtype) -> Tensor:
+        if self.codec in PLAIN:
+            values = self.parts["values"][r0:r1, c0:c1]
+            if values.dtype == dtype:
+                return values
+            return self._scratch.take(r1 - r0, c1 - c0, dtype).copy_(values)
+        direct = dtype == torch.float32 or (
+            dtype == torch.bfloat16 and self.codec == "nf4" and HAS_AVX2
+        )
+        if direct:
+            return self._decode(r0, r1, c0, c1, self._scratch.take(r1 - r0, c1 - c0, dtype))
+        wide = self._scratch.take(r1 - r0, c1 - c0, torch.float32)
+        narrow = self._scratch.take(r1 - r0, c1 - c0, dtype)
+        return narrow.copy_(self._decode(r0, r1, c0, c1, wide))
+
+    def _decode(self, r0: int, r1: int, c0: int, c1: int, out: Tensor) -> Tensor:
+        """Fill `out` with the window; c0 is a multiple of the block."""
+        _ = self.parts
+        target = out.view(torch.uint16) if out.dtype == torch.bfloat16 else out
+        kernel = decode_nf4 if self.codec == "nf4" else decode_int8
+        kernel(self._arrays, r0, c0 // BLOCK, target.numpy())
+        return out
+
+    def gather(self, index_N: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows w[index], decoded alone: what an embedding needs."""
+        parts = self.parts
+        if self.codec in PLAIN:
+            return parts["values"][index_N].to(dtype)
+        taken = {"codes": parts["codes"][index_N]}
+        if self.codec == "int8":
+            return decode("int8", taken | {"scales": parts["scales"][index_N]}, dtype)
+        return torch.cat([self.rows(int(i), int(i) + 1, dtype).clone() for i in index_N])
+
+    def linear(self, x_TI: Tensor) -> Tensor:
+        """y_TO = x w^T in the dtype of x."""
+        if x_TI.device.type != "cpu":
+            return x_TI @ self.dequantised(x_TI.dtype).t()
+        outputs = self.shape[0]
+        y_TO = x_TI.new_empty(len(x_TI), outputs)
+        for start in range(0, outputs, TILE_ROWS):
+            stop = min(start + TILE_ROWS, outputs)
+            torch.mm(x_TI, self.rows(start, stop, x_TI.dtype).t(), out=y_TO[:, start:stop])
+        return y_TO
+
+    def linear_backward(self, g_TO: Tensor) -> Tensor:
+        """g_TI = g_TO w, the gradient of `linear`'s input."""
+        if g_TO.device.type != "cpu":
+            return g_TO @ self.dequantised(g_TO.dtype)
+        inputs = self.shape[1]
+        g_TI = g_TO.new_empty(len(g_TO), inputs)
+        for start in range(0, inputs, TILE_COLUMNS):
+            stop = min(start + TILE_COLUMNS, inputs)
+            torch.mm(g_TO, self.columns(start, stop, g_TO.dtype), out=g_TI[:, start:stop])
+        return g_TI
+
+
+def encode(codec: str, w_OI: Tensor) -> dict[str, Tensor]:
+    """The parts of a whole matrix in memory: for tests and small matrices; a store is written in
+    chunks of rows (weights/build.py)."""
+    from llamaweft.weights.codecs import encode_scales
+    from llamaweft.weights.kernels import encode_int8, encode_nf4
+
+    if codec in PLAIN:
+        return {"values": w_OI.to(PLAIN[codec])}
+    plain = np.ascontiguousarray(w_OI.float().numpy())
+    if codec == "int8":
+        codes, scales = encode_int8(plain)
+        return {"codes": torch.from_numpy(codes), "scales": torch.from_numpy(scales)}
+    codes, scales = encode_nf4(plain)
+    return {"codes": torch.from_numpy(codes), **encode_scales(torch.from_numpy(scales))}
