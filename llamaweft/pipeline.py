@@ -43,13 +43,20 @@ from llamaweft.runtime import (
     anon_bytes,
     choose_runtime,
     environment,
+    return_freed_memory,
     seed_everything,
 )
-from llamaweft.train.checkpoint import LoopState, complete_checkpoints
+from llamaweft.train.checkpoint import STATE, LoopState, complete_checkpoints
 from llamaweft.train.events import Announcer, Listener, StopRequest
 from llamaweft.train.loop import EARLY_STOPPING, FINISHED, Loop, Settings
 from llamaweft.train.metrics import MetricsFile, read_metrics
-from llamaweft.train.optim import build_adamw, trained_parameters
+from llamaweft.train.optim import (
+    build_optimizer,
+    build_scaler,
+    check_optimizer_installed,
+    optimizer_bytes_per_parameter,
+    trained_parameters,
+)
 from llamaweft.train.run_folder import RunFolder, read_json, write_json, write_text
 from llamaweft.train.schedule import LearningRate
 from llamaweft.train.trackers import Trackers, check_installed
@@ -150,7 +157,20 @@ class Pipeline:
 
     @cached_property
     def schedule(self) -> Schedule:
-        return solve(self.workload, self.recipe.training.memory_budget or self.free_bytes)
+        return solve(self.workload, self.budget_bytes)
+
+    @property
+    def budget_bytes(self) -> int:
+        """Memory that the run may take."""
+        return self.recipe.training.memory_budget or self.free_bytes
+
+    def _go_on_with_schedule(self) -> None:
+        """Take the Schedule of the newest checkpoint, where the budget still allows it; kept or
+        recomputed, the numbers are the same."""
+        for checkpoint in complete_checkpoints(self.run_folder.checkpoints)[-1:]:
+            stored = read_json(checkpoint / STATE).get("schedule")
+            if stored and stored["peak_bytes"] <= self.budget_bytes:
+                self.schedule = Schedule.from_dict(stored)
 
     @cached_property
     def free_bytes(self) -> int:
@@ -174,10 +194,14 @@ class Pipeline:
             kept_bytes=2 if training.keep_activations == "bf16" else None,
             runtime_bytes=(anon_bytes() if on_cpu else 0) + RUNTIME_BYTES,
             weight_bytes=held,
+            optimizer_bytes=optimizer_bytes_per_parameter(training.optimizer),
+            keeps_attention=on_cpu,
         )
 
     def load_model(self) -> LlamaForCausalLM:
         """The base model with a fresh adapter, on its device."""
+        if self.runtime.device.type == "cpu":
+            return_freed_memory()  # else the peak would exceed the budget
         model = self._load(self.model_folder, frozen=self.lora is not None)
         if self.lora is not None:
             inject(model, self.lora)
@@ -243,7 +267,7 @@ class Pipeline:
                 self.runtime.compute_dtype,
                 (training.micro_batch_tokens, self.config.hidden_size, self.config.hidden_size),
             ),
-            budget_bytes=training.memory_budget or self.free_bytes,
+            budget_bytes=self.budget_bytes,
             decisions=self.decisions(),
         )
 
@@ -318,8 +342,11 @@ class Pipeline:
         folder = self.run_folder
         folder.check_free(resume)
         check_installed(self.recipe.training.report_to)
+        check_optimizer_installed(self.recipe.training.optimizer)
         say("reading the data")
         self.check_data()
+        if resume:
+            self._go_on_with_schedule()
         plan = self.plan()
         need_disk(folder.root, self._disk_bytes(), "the run")
         say("loading the model")
@@ -334,6 +361,7 @@ class Pipeline:
             if checkpoint is not None:
                 say(f"resuming from {checkpoint.name}")
                 loop.resume(checkpoint)
+                loop.state.schedule = self.schedule.to_dict()
             elif self.evaluator is not None:
                 say("measuring the untouched model")
                 loop.state.before = judge.measured()
@@ -343,8 +371,9 @@ class Pipeline:
 
     def _disk_bytes(self) -> int:
         """What checkpoints (weights and two moments each), the result and the logs will need."""
-        trained = trained_parameter_count(self.workload)
-        checkpoints = (self.recipe.training.save_total_limit + 1) * 12 * trained
+        training, trained = self.recipe.training, trained_parameter_count(self.workload)
+        each = 4 + optimizer_bytes_per_parameter(training.optimizer)
+        checkpoints = int((training.save_total_limit + 1) * each * trained)
         return checkpoints + 2 * 4 * trained + 16 * 2**20
 
     def _open_folder(self, plan: Plan, resume: bool) -> Path | None:
@@ -380,12 +409,14 @@ class Pipeline:
             parameters=parameters,
             objective=model.loss,
             loader=self.loader,
-            optimizer=build_adamw(
+            optimizer=build_optimizer(
+                training.optimizer,
                 parameters,
                 weight_decay=training.weight_decay,
                 betas=(training.adam_beta1, training.adam_beta2),
                 eps=training.adam_epsilon,
             ),
+            scaler=build_scaler(self.runtime.device, self.runtime.compute_dtype),
             learning_rate=LearningRate(
                 training.learning_rate,
                 training.lr_scheduler_type,
@@ -407,7 +438,7 @@ class Pipeline:
             announce=Announcer([*listeners, *self._trackers()]),
             stop=stop,
             device=self.runtime.device,
-            state=LoopState(),
+            state=LoopState(schedule=self.schedule.to_dict()),
         )
 
     def _trackers(self) -> list[Listener]:

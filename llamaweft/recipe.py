@@ -144,6 +144,9 @@ class Adapter(Section):
 class Training(Section):
     """The loop. `step` is an optimizer step."""
 
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw", description="adamw, or adamw_8bit: its state in a quarter of the bytes"
+    )
     learning_rate: float = Field(2e-4, gt=0, description="peak learning rate")
     num_train_epochs: float = Field(1, gt=0, description="passes over the training rows")
     max_steps: int | None = Field(
@@ -160,7 +163,7 @@ class Training(Section):
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second moment")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
-    compute_dtype: Literal["auto", "fp32", "bf16"] = Field(
+    compute_dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="dtype of the matrix products; auto takes what the device is fast in"
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda")

@@ -5,6 +5,7 @@ Chosen once, at the start, with a reason that is printed and saved.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import random
@@ -21,6 +22,11 @@ from llamaweft import __version__
 from llamaweft.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""What weights are held and written in."""
+
+COMPUTE_DTYPES = DTYPES | {"fp16": torch.float16}
+"""What activations and products are computed in. No weight is held in fp16: bf16 takes as many
+bytes and holds every number of a model that was trained in bf16."""
 
 
 def cache_dir() -> Path:
@@ -43,13 +49,13 @@ class Runtime:
 
     @property
     def compute_dtype_name(self) -> str:
-        return next(name for name, dtype in DTYPES.items() if dtype == self.compute_dtype)
+        return next(name for name, dtype in COMPUTE_DTYPES.items() if dtype == self.compute_dtype)
 
 
 def choose_runtime(device: str = "auto", compute_dtype: str = "auto") -> Runtime:
     """Pick the device and the dtype that its multipliers are fast in.
 
-    `device`: auto, cpu, cuda or cuda:N. `compute_dtype`: auto, fp32 or bf16.
+    `device`: auto, cpu, cuda or cuda:N. `compute_dtype`: auto, fp32, bf16 or fp16.
     Raises UserError for a device that is not there.
     """
     if device == "auto":
@@ -63,7 +69,7 @@ def choose_runtime(device: str = "auto", compute_dtype: str = "auto") -> Runtime
     if compute_dtype == "auto":
         dtype, reason = _fast_dtype(chosen)
     else:
-        dtype, reason = DTYPES[compute_dtype], "asked for by the recipe"
+        dtype, reason = COMPUTE_DTYPES[compute_dtype], "asked for by the recipe"
     return Runtime(chosen, dtype, reason, torch.get_num_threads())
 
 
@@ -71,7 +77,7 @@ def _fast_dtype(device: torch.device) -> tuple[torch.dtype, str]:
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) >= (8, 0):
             return torch.bfloat16, "this GPU multiplies bf16 at full rate"
-        return torch.float32, "this GPU has no bf16 units"
+        return torch.float16, "this GPU multiplies fp16 at full rate (gradients are scaled)"
     if cpu_has_bf16():
         return torch.bfloat16, "this CPU has bf16 units (AVX512-BF16, AMX or ARM BF16)"
     return torch.float32, "this CPU has no bf16 units"
@@ -92,6 +98,26 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+LARGE_BYTES = 8 * 2**20
+KEPT_FREE_BYTES = 64 * 2**20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def return_freed_memory() -> bool:
+    """Have the C library give tensors of LARGE_BYTES and more back to the system as soon as they
+    are freed, and keep at most KEPT_FREE_BYTES of the rest.
+
+    By itself glibc raises the limit to 32 MiB once such a tensor was freed, and then holds a peak
+    of fragments (docs/log.md). Returns whether there is a glibc to tell.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        told = libc.mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
+        return bool(told and libc.mallopt(_M_TRIM_THRESHOLD, KEPT_FREE_BYTES))
+    except (OSError, AttributeError):
+        return False
 
 
 def rss_bytes() -> int:
@@ -122,7 +148,15 @@ def device_bytes(device: torch.device) -> int:
 
 def environment(runtime: Runtime) -> dict[str, object]:
     """What is needed to rebuild a run: versions, hardware, commit, and what was decided."""
-    packages = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy")
+    packages = (
+        "torch",
+        "transformers",
+        "accelerate",
+        "safetensors",
+        "tokenizers",
+        "numpy",
+        "bitsandbytes",
+    )
     return {
         "llamaweft": __version__,
         "commit": _commit(),

@@ -65,7 +65,7 @@ class LoraLinear(nn.Module):
     def merged(self) -> Tensor:
         """w_OI + scaling * B A, in fp32."""
         update = self.scaling * (self.lora_B @ self.lora_A).detach().float()
-        return self.base_layer.dequantised().add_(update)
+        return self.base_layer.dequantised() + update  # may be the mapped weights themselves
 
 
 class _LoraProduct(torch.autograd.Function):

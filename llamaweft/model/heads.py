@@ -64,17 +64,17 @@ def _vocabulary_tiles(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[slic
     """(rows, w_rows in `dtype`), valid until the next one."""
     vocabulary = weight.shape[0]
     size = VOCABULARY_TILE[weight.device.type]
-    frozen = isinstance(weight, FrozenWeight)
-    if frozen and weight.device.type == "cuda":
-        whole = weight.dequantised(dtype)
-    elif not frozen:
-        whole = weight.detach().to(dtype)
-    for start in range(0, vocabulary, size):
-        rows = slice(start, min(start + size, vocabulary))
-        if frozen and weight.device.type == "cpu":
+    tiles = [slice(a, min(a + size, vocabulary)) for a in range(0, vocabulary, size)]
+    if isinstance(weight, FrozenWeight) and weight.device.type == "cpu":
+        for rows in tiles:
             yield rows, weight.rows(rows.start, rows.stop, dtype)
-        else:
-            yield rows, whole[rows]
+        return
+    if isinstance(weight, FrozenWeight):
+        whole = weight.dequantised(dtype)
+    else:
+        whole = weight.detach().to(dtype)
+    for rows in tiles:
+        yield rows, whole[rows]
 
 
 def _softmax(hidden_CE: Tensor, weight: Weight, target_C: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ class Tape:
         """attend(...), kept with the normalisers that its backward pass needs."""
         if self.again:
             return attend(layer, q_THD, k_TKD, v_TKD, given=self.kept.pop("attention", None))
-        if "attention" not in self.keep:
+        if "attention" not in self.keep or q_THD.is_cuda:  # a GPU's attention gives none
             return attend(layer, q_THD, k_TKD, v_TKD)
         o_THD, normalisers = attend.normalised(q_THD, k_TKD, v_TKD)
         self.kept["attention"] = (o_THD, normalisers)

@@ -64,6 +64,7 @@ class Workload:
     compute_bytes, kept_bytes: of a number as it is computed with, and as it is kept.
     optimizer_bytes: of the optimizer's state, for each trained number.
     runtime_bytes: what the process holds before a model is loaded.
+    keeps_attention: whether attention's output can be kept; on a GPU it is computed again.
     """
 
     config: LlamaConfig
@@ -76,6 +77,12 @@ class Workload:
     weight_bytes: int = 0
     kept_bytes: int | None = None
     optimizer_bytes: float = 8.0
+    keeps_attention: bool = True
+
+    @property
+    def keepable(self) -> tuple[str, ...]:
+        """What a layer may keep, in the order in which a budget is spent."""
+        return tuple(n for n in KEEPABLE if n != "attention" or self.keeps_attention)
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,12 @@ class Schedule:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"peak_bytes": self.peak_bytes}
 
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Schedule:
+        """What `to_dict` gave, read back from JSON."""
+        keep = tuple(tuple(names) for names in content["keep"])
+        return cls(keep, content["mlp_tile_tokens"], content["recomputed_share"], content["parts"])
+
 
 def solve(work: Workload, budget_bytes: int | None) -> Schedule:
     """The schedule with the least recomputation that stays inside the budget.
@@ -108,20 +121,18 @@ def solve(work: Workload, budget_bytes: int | None) -> Schedule:
     """
     layers = work.config.num_hidden_layers
     least = schedule(work, [()] * layers)
-    if budget_bytes is None:
-        return schedule(work, [tuple(KEEPABLE)] * layers)
+    full = schedule(work, [work.keepable] * layers)
+    if budget_bytes is None or full.peak_bytes <= budget_bytes:
+        return full
     if least.peak_bytes > budget_bytes:
         raise UserError(
             f"training.memory_budget: {_gib(budget_bytes)} is too small for this model and pack; "
             f"the smallest that works is {_gib(least.peak_bytes, up=True)}, or lower "
             "training.micro_batch_tokens"
         )
-    full = schedule(work, [tuple(KEEPABLE)] * layers)
-    if full.peak_bytes <= budget_bytes:
-        return full
     keep: list[tuple[str, ...]] = [()] * layers
     left = budget_bytes - least.peak_bytes
-    for name in KEEPABLE:
+    for name in work.keepable:
         for layer in reversed(range(layers)):
             size = kept_bytes(work, name, layer)
             if size <= left:

@@ -32,6 +32,9 @@ class LoopState:
 
     step: finished steps. best_value, best_step, best_metrics: the best validation so far.
     without_gain: validations since. before: metrics of the untouched model.
+    loss_scale: what fp16 multiplies the loss by, or None for another dtype.
+    steps_at_loss_scale: steps that were taken since it changed.
+    schedule: what is kept for the backward pass, as plan/memory.py writes it.
     """
 
     step: int = 0
@@ -40,6 +43,9 @@ class LoopState:
     best_metrics: dict[str, Any] = field(default_factory=dict)
     without_gain: int = 0
     before: dict[str, Any] = field(default_factory=dict)
+    loss_scale: float | None = None
+    steps_at_loss_scale: int = 0
+    schedule: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ class StepEnded:
     """One optimizer step. Global values; nothing is cumulative.
 
     loss: mean over the step's trained tokens, in nats. lr: learning rate of the step.
-    grad_norm: before clipping. tokens: of the documents as given. computed_tokens: of the packs.
+    grad_norm: before clipping; not finite where fp16 overflowed and the weights stayed.
+    tokens: of the documents as given. computed_tokens: of the packs.
     seconds: wall clock with data loading, without validation and checkpoints.
     useful_flops_per_second: base matmuls that were needed, over seconds.
     """

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from llamaweft.errors import RunError
 from llamaweft.runtime import anon_bytes, device_bytes, rss_bytes
 from llamaweft.train.checkpoint import LoopState, Snapshot, load_checkpoint, save_checkpoint
 from llamaweft.train.events import (
@@ -26,7 +27,13 @@ from llamaweft.train.events import (
     StopRequest,
     Validated,
 )
-from llamaweft.train.optim import load_optimizer_state, optimizer_state, set_learning_rate
+from llamaweft.train.optim import (
+    load_optimizer_state,
+    load_scaler_state,
+    optimizer_state,
+    scaler_state,
+    set_learning_rate,
+)
 from llamaweft.train.schedule import LearningRate
 
 LOWER_IS_BETTER = ("loss", "perplexity")
@@ -72,6 +79,7 @@ class Loop:
     evaluator: () -> {metric: {"value": ..., ...}}, or None where nothing is held out.
     keep_best: called when the weights are the best so far.
     useful_flops: base matmul FLOPs that a list of packs needs.
+    scaler: of fp16's gradients; a disabled one changes nothing.
     """
 
     model: nn.Module
@@ -79,6 +87,7 @@ class Loop:
     objective: Callable[[Any], tuple[Tensor, Tensor]]
     loader: LoaderLike
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
     learning_rate: LearningRate
     evaluator: Callable[[], dict[str, dict[str, float]]] | None
     keep_best: Callable[[], None]
@@ -90,13 +99,14 @@ class Loop:
     state: LoopState
 
     def resume(self, checkpoint: Path) -> None:
-        """Put weights, optimizer, position and random generators back."""
+        """Put weights, optimizer, loss scale, position and random generators back."""
         snapshot = load_checkpoint(checkpoint)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(snapshot.trained[name])
         load_optimizer_state(self.optimizer, self.parameters, snapshot.optimizer)
         self.state = snapshot.state
+        load_scaler_state(self.scaler, self.state.loss_scale, self.state.steps_at_loss_scale)
 
     def run(self) -> str:
         """Train to the end, to an early stop or to a stop request; returns which it was.
@@ -133,17 +143,11 @@ class Loop:
         for pack in packs:
             total, _ = self.objective(pack)
             mean = total / count
-            mean.backward()
+            self.scaler.scale(mean).backward()
             loss += mean.item()
-        limit = self.settings.max_grad_norm
-        norm = nn.utils.clip_grad_norm_(
-            self.parameters.values(), float("inf") if limit is None else limit
-        )
         self.state.step += 1
         rate = self.learning_rate(self.state.step)
-        set_learning_rate(self.optimizer, rate)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        norm = self._update(rate)
         seconds = time.perf_counter() - began
         tokens = sum(pack.tokens for pack in packs)
         self.announce(
@@ -151,7 +155,7 @@ class Loop:
                 step=self.state.step,
                 loss=loss,
                 lr=rate,
-                grad_norm=norm.item(),
+                grad_norm=norm,
                 tokens=tokens,
                 computed_tokens=tokens,
                 trained_tokens=sum(pack.trained_tokens for pack in packs),
@@ -163,6 +167,30 @@ class Loop:
                 device_bytes=device_bytes(self.device),
             )
         )
+
+    def _update(self, rate: float) -> float:
+        """Clip the gradient, step, forget it; returns its norm before clipping.
+
+        Where fp16 overflowed the norm is not finite, the weights stay and the loss scale is
+        halved. Raises RunError when that happens without any scale too.
+        """
+        self.scaler.unscale_(self.optimizer)
+        limit = self.settings.max_grad_norm
+        norm = nn.utils.clip_grad_norm_(
+            self.parameters.values(), float("inf") if limit is None else limit
+        )
+        set_learning_rate(self.optimizer, rate)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state.loss_scale, self.state.steps_at_loss_scale = scaler_state(self.scaler)
+        if self.state.loss_scale is not None and self.state.loss_scale < 1:
+            raise RunError(
+                f"training.compute_dtype: fp16 cannot hold the numbers of step {self.state.step}, "
+                "even with its loss unscaled; start a new run with fp32, or with bf16 where the "
+                "device is fast in it"
+            )
+        return norm.item()
 
     def _is_due(self, every: int | None, last: bool) -> bool:
         return last or (every is not None and self.state.step % every == 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ from llamaweft.train.run_folder import write_text
 
 
 class MetricsFile:
-    """A listener that appends each event as it ends, flushed."""
+    """A listener that appends each event as it ends, flushed.
+
+    A number that is not finite is null: JSON has no word for it.
+    """
 
     def __init__(self, path: Path, resume_after_step: int | None = None) -> None:
         """`resume_after_step`: lines after it are dropped, since those steps run again."""
@@ -24,12 +28,13 @@ class MetricsFile:
     def __call__(self, event: Event) -> None:
         match event:
             case StepEnded():
-                record = {"kind": "train", **asdict(event)}
+                kind, values = "train", asdict(event)
             case Validated():
-                record = {"kind": "validation", "step": event.step, **event.metrics}
+                kind, values = "validation", {"step": event.step, **event.metrics}
             case _:
                 return
-        self._file.write(json.dumps(record) + "\n")
+        finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
+        self._file.write(json.dumps({"kind": kind, **finite}) + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -34,7 +34,8 @@ class Scratch:
     def take(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         buffer = self._buffers.get(dtype)
         if buffer is None or buffer.numel() < rows * columns:
-            buffer = self._buffers[dtype] = torch.empty(rows * columns, dtype=dtype)
+            with torch.inference_mode(False):  # it outlives an evaluation that asks first
+                buffer = self._buffers[dtype] = torch.empty(rows * columns, dtype=dtype)
         return buffer[: rows * columns].view(rows, columns)
 
 
@@ -89,7 +90,7 @@ class FrozenWeight:
         self._parts, self._arrays = parts, {}
 
     def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """w_OI, whole."""
+        """w_OI, whole: a copy, or the held numbers themselves where they are of that dtype."""
         if self._arrays and dtype == torch.float32:
             return self._decode(0, self.shape[0], 0, self.shape[1], torch.empty(self.shape))
         if self.codec == "nf4" and self.device.type == "cuda":

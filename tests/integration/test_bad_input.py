@@ -131,7 +131,7 @@ def test_a_wrong_dtype(broken: tuple[dict, Path], tmp_path: Path) -> None:
     tree, folder = broken
     name = "model.layers.0.self_attn.q_proj.weight"
     rewrite(folder, lambda t: t.update({name: t[name].to(torch.int8)}))
-    refused(tree, tmp_path, name, "torch.int8", "unquantised")
+    refused(tree, tmp_path, name, "I8", "unquantised")
 
 
 def test_a_config_of_another_architecture(broken: tuple[dict, Path], tmp_path: Path) -> None:

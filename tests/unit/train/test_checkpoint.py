@@ -20,7 +20,8 @@ from llamaweft.train.checkpoint import (
 
 
 def snapshot(step: int) -> Snapshot:
-    state = LoopState(step, 0.5, 3, {"loss": {"value": 0.5}}, 1, {"metrics": {}, "answers": []})
+    before = {"metrics": {}, "answers": []}
+    state = LoopState(step, 0.5, 3, {"loss": {"value": 0.5}}, 1, before, 2.0**15, 4)
     trained = {"a": torch.randn(3, 2), "b": torch.randn(4)}
     return Snapshot(state, trained, {"a:exp_avg": torch.randn(3, 2), "a:step": torch.tensor(7.0)})
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from llamaweft.data.chat import Document
+from llamaweft.errors import RunError
 from llamaweft.model.load import load_causal_lm
 from llamaweft.model.pack import Pack
-from llamaweft.train.checkpoint import LoopState
+from llamaweft.train.checkpoint import LoopState, complete_checkpoints, load_checkpoint
 from llamaweft.train.events import Announcer, Ended, StepEnded, StopRequest, Validated
 from llamaweft.train.loop import Loop, Settings
-from llamaweft.train.optim import trained_parameters
+from llamaweft.train.optim import build_optimizer, build_scaler, trained_parameters
 from llamaweft.train.schedule import LearningRate
 
 
@@ -63,6 +64,7 @@ def loop_over(
         objective=model.loss,
         loader=Steps(steps),
         optimizer=torch.optim.SGD(parameters.values(), lr=1.0),
+        scaler=changes.pop("scaler", build_scaler(torch.device("cpu"), torch.float32)),
         learning_rate=LearningRate(0.5, "constant", len(steps), 0),
         evaluator=changes.pop("evaluator", None),
         keep_best=changes.pop("keep_best", lambda: None),
@@ -155,3 +157,136 @@ def test_without_validation_the_last_weights_are_kept(tiny_folder: Path, tmp_pat
     )
     assert loop.run() == "finished"
     assert kept == [2]
+
+
+def steps_ended(seen: list) -> list[StepEnded]:
+    return [event for event in seen if isinstance(event, StepEnded)]
+
+
+def test_without_a_scaler_a_step_is_torchs_own(tiny_folder: Path, tmp_path: Path) -> None:
+    """A disabled scaler changes no bit of what backward, clip and step would do alone."""
+    packs = [Pack.from_documents([d]) for d in documents()]
+    loop, seen = loop_over([packs], tiny_folder, tmp_path, max_grad_norm=0.5)
+    loop.run()
+    alone = load_causal_lm(tiny_folder, base_weights=None)
+    count = torch.stack([pack.label_weight_N.sum() for pack in packs]).sum()
+    for pack in packs:
+        (alone.loss(pack)[0] / count).backward()
+    norm = torch.nn.utils.clip_grad_norm_(alone.parameters(), 0.5)
+    torch.optim.SGD(alone.parameters(), lr=0.5).step()
+    assert steps_ended(seen)[0].grad_norm == norm.item()
+    assert all(torch.equal(p, alone.get_parameter(n)) for n, p in loop.parameters.items())
+    assert (loop.state.loss_scale, loop.state.steps_at_loss_scale) == (None, 0)
+
+
+def fp16_scaler(**changes) -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", **changes)
+
+
+def fp16_loop(
+    gradients: list[float], folder: Path, tmp_path: Path, **changes
+) -> tuple[Loop, list, torch.nn.Parameter]:
+    """A loop over one weight, from zero, whose gradient in each step is given and passes through
+    fp16; its loss is always 3."""
+    weight = torch.nn.Parameter(torch.zeros(()))
+    left = iter(gradients)
+
+    def objective(pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+        count = pack.label_weight_N.sum()
+        through = weight.to(torch.float16).float() * next(left)
+        return (through - through.detach() + 3) * count, count
+
+    steps = [[Pack.from_documents(documents()[:1])] for _ in gradients]
+    loop, seen = loop_over(steps, folder, tmp_path, **{"scaler": fp16_scaler()} | changes)
+    loop.parameters, loop.objective = {"weight": weight}, objective
+    loop.optimizer = torch.optim.SGD([weight], lr=1.0)
+    return loop, seen, weight
+
+
+def test_a_gradient_too_small_for_fp16_arrives(tiny_folder: Path, tmp_path: Path) -> None:
+    """fp16's smallest number is 6e-8; rounded to its 11 bits, a scaled 1e-8 is right to 0.05%."""
+    loop, seen, weight = fp16_loop([1e-8], tiny_folder, tmp_path)
+    loop.run()
+    assert weight.item() == pytest.approx(-0.5 * 1e-8, rel=5e-4)
+    assert steps_ended(seen)[0].loss == 3
+    assert steps_ended(seen)[0].grad_norm == pytest.approx(1e-8, rel=5e-4)
+
+
+def test_the_gradient_is_clipped_after_it_is_unscaled(tiny_folder: Path, tmp_path: Path) -> None:
+    loop, _, weight = fp16_loop([0.25], tiny_folder, tmp_path, max_grad_norm=0.5)
+    loop.run()
+    assert weight.item() == -0.5 * 0.25
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_an_overflow_skips_the_weights_and_counts_as_a_step(
+    name: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """1.5 times the first scale, 65536, is more than fp16 holds; half of it is not."""
+    loop, seen, weight = fp16_loop([1.5, 1.5, 1.5], tiny_folder, tmp_path)
+    loop.optimizer = build_optimizer(
+        name, loop.parameters, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8
+    )
+    after: list[float] = []
+    loop.announce.listeners.append(
+        lambda event: after.append(weight.item()) if isinstance(event, StepEnded) else None
+    )
+    loop.run()
+    assert [event.step for event in steps_ended(seen)] == [1, 2, 3]
+    assert [event.grad_norm for event in steps_ended(seen)] == [np.inf, 1.5, 1.5]
+    assert [event.loss for event in steps_ended(seen)] == [3, 3, 3]
+    assert after == pytest.approx([0, -0.5, -1.0])
+    assert (loop.state.loss_scale, loop.state.steps_at_loss_scale) == (2.0**15, 2)
+    assert loop.optimizer.state[weight]["step"] == 2
+
+
+def test_what_overflows_without_a_scale_ends_the_run(tiny_folder: Path, tmp_path: Path) -> None:
+    loop, seen, weight = fp16_loop(
+        [1e6] * 5, tiny_folder, tmp_path, scaler=fp16_scaler(init_scale=4.0)
+    )
+    with pytest.raises(RunError, match="fp16 cannot hold the numbers of step 3"):
+        loop.run()
+    assert len(steps_ended(seen)) == 2
+    assert weight.item() == 0
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_a_resumed_fp16_run_is_the_uninterrupted_one(
+    name: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """The scale doubles after every second step, so that a forgotten scale rounds the gradients
+    differently, and a forgotten count of steps doubles it too late."""
+    steps = [[Pack.from_documents([d]) for d in documents()[i % 4 :]] for i in range(6)]
+
+    def part(folder: str, stop_after: int | None = None) -> tuple[Loop, list[float]]:
+        scaler, stop = fp16_scaler(init_scale=2.0, growth_interval=2), StopRequest()
+        loop, seen = loop_over(steps, tiny_folder, tmp_path / folder, scaler=scaler, stop=stop)
+        loop.model.model.compute_dtype = torch.float16
+        loop.learning_rate = LearningRate(1e-3, "constant", 6, 0)
+        loop.optimizer = build_optimizer(
+            name, loop.parameters, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8
+        )
+        for checkpoint in complete_checkpoints(loop.settings.checkpoints):
+            loop.resume(checkpoint)
+        loop.announce.listeners.append(
+            lambda event: (
+                stop("SIGTERM")
+                if isinstance(event, StepEnded) and event.step == stop_after
+                else None
+            )
+        )
+        loop.run()
+        return loop, [event.grad_norm for event in steps_ended(seen)]
+
+    whole, norms = part("whole")
+    _, first = part("stopped", stop_after=3)
+    resumed, rest = part("stopped")
+    assert first + rest == norms
+    assert resumed.state == whole.state
+    assert resumed.scaler.state_dict() == whole.scaler.state_dict()
+    assert whole.state.loss_scale == 2.0**4
+    ends = [load_checkpoint(tmp_path / n / "checkpoints/step-000006") for n in ("whole", "stopped")]
+    for kind in ("trained", "optimizer"):
+        ours, theirs = (getattr(end, kind) for end in ends)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), kind

