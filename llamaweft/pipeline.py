@@ -31,7 +31,7 @@ from llamaweft.model.llama import LlamaForCausalLM, Memory
 from llamaweft.model.load import load_causal_lm
 from llamaweft.model.pack import Pack
 from llamaweft.model.presets import LlamaConfig, parameter_count
-from llamaweft.model.stores import open_store, own_codec, store_bytes
+from llamaweft.model.stores import cached_store, open_store, own_codec, store_bytes
 from llamaweft.model.tokenizer import load_tokenizer
 from llamaweft.plan.flops import training_flops
 from llamaweft.plan.hardware import available_bytes, matmul_flops_per_second
@@ -182,6 +182,7 @@ class Pipeline:
         on_cpu = self.runtime.device.type == "cpu"
         held = 0 if on_cpu or self.lora is None else store_bytes(self.config, self.base_weights)
         compute_bytes = self.runtime.compute_dtype.itemsize
+        fragments = 0 if self._has_large_tensors else FRAGMENT_BYTES
         return Workload(
             config=self.config,
             pack_tokens=tokens,
@@ -192,15 +193,22 @@ class Pipeline:
             else (),
             compute_bytes=compute_bytes,
             kept_bytes=2 if training.keep_activations == "bf16" else None,
-            runtime_bytes=(anon_bytes() if on_cpu else 0) + RUNTIME_BYTES,
+            runtime_bytes=RUNTIME_BYTES + (anon_bytes() + fragments if on_cpu else 0),
             weight_bytes=held,
             optimizer_bytes=optimizer_bytes_per_parameter(training.optimizer),
             keeps_attention=on_cpu,
+            accumulates=training.gradient_accumulation_steps > 1,
         )
+
+    @property
+    def _has_large_tensors(self) -> bool:
+        """Whether the widest activation is large enough to be worth memory of its own."""
+        numbers = self.loader.largest_pack[0] * self.config.intermediate_size
+        return numbers * self.runtime.compute_dtype.itemsize >= LARGE_TENSOR_BYTES
 
     def load_model(self) -> LlamaForCausalLM:
         """The base model with a fresh adapter, on its device."""
-        if self.runtime.device.type == "cpu":
+        if self.runtime.device.type == "cpu" and self._has_large_tensors:
             return_freed_memory()  # else the peak would exceed the budget
         model = self._load(self.model_folder, frozen=self.lora is not None)
         if self.lora is not None:
@@ -224,10 +232,14 @@ class Pipeline:
             device=self.runtime.device,
         )
 
-    def prepare_weights(self, progress: Progress | None = None) -> None:
+    def prepare_weights(self, say: Callable[[str], None]) -> None:
         """Make the store of the frozen weights, where there is none yet."""
-        if self.lora is not None:
-            open_store(self.model_folder, self.base_weights, progress)
+        if self.lora is None:
+            return
+        folder, codec = self.model_folder, self.base_weights
+        if own_codec(folder) is None and not cached_store(folder, codec).exists():
+            say(f"converting the weights to {codec}, once")
+        open_store(folder, codec)
 
     def check_data(self) -> None:
         """Raises UserError when the audit blocks training (a line for each finding), when no row
@@ -350,7 +362,7 @@ class Pipeline:
         plan = self.plan()
         need_disk(folder.root, self._disk_bytes(), "the run")
         say("loading the model")
-        self.prepare_weights(progress)
+        self.prepare_weights(say)
         seed_everything(self.recipe.training.seed)
         model = self.load_model()
         folder.lock()
@@ -584,6 +596,12 @@ def _loss_parts(model: LlamaForCausalLM, documents: list[Document]) -> list[tupl
     return model.sequence_losses(Pack.from_documents(documents).to(model.device))
 
 
-RUNTIME_BYTES = 128 * 2**20
-"""What the process takes beyond what it has when the plan is made: compiled kernels, the buffers
-of the matrix library, fragments (docs/plan.md has what was measured)."""
+RUNTIME_BYTES = 64 * 2**20
+"""What the process takes beyond what it has when the plan is made: compiled kernels, buffers of the
+matrix library."""
+
+LARGE_TENSOR_BYTES = 8 * 2**20
+"""Widest activation from which on freed memory is given back at once."""
+
+FRAGMENT_BYTES = 96 * 2**20
+"""What the C library holds on to otherwise. docs/plan.md has what was measured."""

@@ -100,7 +100,7 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-LARGE_BYTES = 8 * 2**20
+LARGE_BYTES = 2**20
 KEPT_FREE_BYTES = 64 * 2**20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -109,8 +109,9 @@ def return_freed_memory() -> bool:
     """Have the C library give tensors of LARGE_BYTES and more back to the system as soon as they
     are freed, and keep at most KEPT_FREE_BYTES of the rest.
 
-    By itself glibc raises the limit to 32 MiB once such a tensor was freed, and then holds a peak
-    of fragments (docs/log.md). Returns whether there is a glibc to tell.
+    By itself glibc raises the limit to 32 MiB once such a tensor was freed, and then holds on to
+    fragments (decision 0005). Each such tensor is faulted in anew, so this is for models whose
+    tensors are large. Returns whether there is a glibc to tell.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")

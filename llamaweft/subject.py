@@ -23,6 +23,7 @@ from llamaweft.export.hf import export_merged
 from llamaweft.export.parity import Parity, verify_adapter, verify_merged
 from llamaweft.files import written_aside
 from llamaweft.model.llama import LlamaForCausalLM
+from llamaweft.model.stores import own_codec
 from llamaweft.pipeline import Pipeline, base_name, open_run
 from llamaweft.recipe import METRICS, Evaluation, Recipe, Rows
 from llamaweft.train.run_folder import write_json
@@ -177,6 +178,11 @@ def _export(
     tokenizer = pipeline.tokenizer
     if to == "peft":
         assert pipeline.lora is not None
+        if own_codec(pipeline.model_folder) is not None and verify:
+            raise UserError(
+                f"{pipeline.model_folder} holds its weights in a store, which peft does not open, "
+                "so the export cannot be proven; give --no-verify, or export --to hf"
+            )
         base = base_name(pipeline.recipe.model, pipeline.model_folder)
         save_adapter(model, pipeline.lora, base, folder)
         tokenizer.save_pretrained(folder)

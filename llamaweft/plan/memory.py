@@ -65,6 +65,7 @@ class Workload:
     optimizer_bytes: of the optimizer's state, for each trained number.
     runtime_bytes: what the process holds before a model is loaded.
     keeps_attention: whether attention's output can be kept; on a GPU it is computed again.
+    accumulates: whether gradients of one pack are held while another is computed.
     """
 
     config: LlamaConfig
@@ -78,6 +79,7 @@ class Workload:
     kept_bytes: int | None = None
     optimizer_bytes: float = 8.0
     keeps_attention: bool = True
+    accumulates: bool = True
 
     @property
     def keepable(self) -> tuple[str, ...]:
@@ -151,7 +153,7 @@ def schedule(work: Workload, keep: list[tuple[str, ...]]) -> Schedule:
         "runtime": work.runtime_bytes,
         "weights": work.weight_bytes,
         "trained": 4 * trained,
-        "gradients": 4 * trained,
+        "gradients": _gradient_bytes(work, inputs + kept),
         "optimizer": round(work.optimizer_bytes * trained),
         "activations": inputs + kept,
         "workspace": workspace_bytes(work, keep),
@@ -159,6 +161,13 @@ def schedule(work: Workload, keep: list[tuple[str, ...]]) -> Schedule:
     again = sum(recomputed_multiplications(work, names, i) for i, names in enumerate(keep))
     once = sum(layer_multiplications(work, i) for i in range(layers))
     return Schedule(tuple(keep), MLP_TILE_TOKENS, again / once, parts)
+
+
+def _gradient_bytes(work: Workload, activations: int) -> int:
+    """Gradients at the peak. With one pack a step they grow as activations are given up, layer by
+    layer; so they count only as far as they become the larger."""
+    gradients = 4 * trained_parameter_count(work)
+    return gradients if work.accumulates else max(0, gradients - activations)
 
 
 def trained_parameter_count(work: Workload) -> int:
