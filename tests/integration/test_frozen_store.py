@@ -25,7 +25,8 @@ def test_an_adapter_on_nf4_trains_and_its_exports_are_proven(
     assert state["schedule"]["keep"] == plan["keep"]
     assert "nf4" in plan["decisions"]["weights"]
     for target, tolerance in (("peft", 1e-4), ("hf", 5e-2)):
-        parity = as_json("export", run, "--to", target, "--output", tmp_path / target)
+        content = as_json("export", run, "--to", target, "--output", tmp_path / target)
+        parity = content["parity"]
         assert parity["relative_difference"] < tolerance
     config = json.loads((tmp_path / "hf/config.json").read_text())
     assert config["dtype"] == "bfloat16"
