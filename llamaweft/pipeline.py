@@ -26,9 +26,9 @@ from llamaweft.evaluate.evaluator import Evaluator, side_by_side
 from llamaweft.evaluate.report import ReportInput, write_report
 from llamaweft.export.hf import export_merged
 from llamaweft.files import need_disk
-from llamaweft.model.folder import find_folder, read_config, tensor_files
+from llamaweft.model.folder import base_name, find_folder, read_config
 from llamaweft.model.llama import LlamaForCausalLM, Memory
-from llamaweft.model.load import load_causal_lm
+from llamaweft.model.load import copy_weights, load_causal_lm
 from llamaweft.model.pack import Pack
 from llamaweft.model.presets import LlamaConfig, parameter_count
 from llamaweft.model.stores import cached_store, open_store, own_codec, store_bytes
@@ -577,19 +577,6 @@ def write_run_report(folder: RunFolder) -> None:
         folder.report_html,
         folder.report_md,
     )
-
-
-def base_name(model: str, folder: Path) -> str:
-    """What an adapter calls its base: an absolute path, or the hub id."""
-    is_hub_id = not (model.startswith("builtin:") or Path(model).exists())
-    return model if is_hub_id else str(folder.resolve())
-
-
-def copy_weights(folder: Path, model: LlamaForCausalLM) -> None:
-    """Fill a model's trained weights from a Hugging Face folder."""
-    with torch.no_grad():
-        for tensor in tensor_files(folder):
-            model.get_parameter(tensor.name).copy_(tensor.read())
 
 
 def _loss_parts(model: LlamaForCausalLM, documents: list[Document]) -> list[tuple[float, float]]:

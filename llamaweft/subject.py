@@ -22,9 +22,10 @@ from llamaweft.evaluate.evaluator import Progress, side_by_side
 from llamaweft.export.hf import export_merged
 from llamaweft.export.parity import Parity, verify_adapter, verify_merged
 from llamaweft.files import written_aside
+from llamaweft.model.folder import base_name
 from llamaweft.model.llama import LlamaForCausalLM
 from llamaweft.model.stores import own_codec
-from llamaweft.pipeline import Pipeline, base_name, open_run
+from llamaweft.pipeline import Pipeline, open_run
 from llamaweft.recipe import METRICS, Evaluation, Recipe, Rows
 from llamaweft.train.run_folder import write_json
 

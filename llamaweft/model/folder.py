@@ -45,6 +45,12 @@ def find_folder(name: str) -> Path:
     return _downloaded(name)
 
 
+def base_name(model: str, folder: Path) -> str:
+    """What an adapter calls its base: an absolute path, or the hub id."""
+    is_hub_id = not (model.startswith("builtin:") or Path(model).exists())
+    return model if is_hub_id else str(folder.resolve())
+
+
 def _converted(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f"there is no file {path}; check the path in the recipe")

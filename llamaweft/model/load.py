@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from llamaweft.model.folder import checked_tensors, read_config
+from llamaweft.model.folder import checked_tensors, read_config, tensor_files
 from llamaweft.model.llama import LlamaForCausalLM, empty_causal_lm
 from llamaweft.model.stores import open_store
 from llamaweft.weights.frozen import FrozenWeight
@@ -93,3 +93,10 @@ def _frozen_causal_lm(
             Resident() if resident else DeviceStream(cast(list[list[FrozenWeight]], layers), device)
         )
     return model
+
+
+def copy_weights(folder: Path, model: LlamaForCausalLM) -> None:
+    """Fill a model's trained weights from a Hugging Face folder."""
+    with torch.no_grad():
+        for tensor in tensor_files(folder):
+            model.get_parameter(tensor.name).copy_(tensor.read())
