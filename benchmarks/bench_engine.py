@@ -117,10 +117,14 @@ class Ring:
 def against_tuned(
     ring: Ring, title: str, choices: list[peer_choice.Choice]
 ) -> Iterator[dict[str, Any]]:
-    """Tune the peer with NF4 and without, then fight both bests and its defaults."""
+    """Tune the peer with NF4 and without, then fight both bests and its defaults. With
+    --settled the first setting is taken untuned."""
     tried, bests = [], []
     for nf4 in (True, False):
         entries = [ring.peer(choice) for choice in choices if choice.nf4 == nf4]
+        if ring.options.settled:
+            bests.append(entries[0])
+            continue
         best, figures = peer_choice.fastest(entries, ring.sgemm, ring.logs)
         bests.append(best)
         tried += figures
@@ -198,6 +202,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--base-weights", help="ours; default: nf4, and auto for embedded")
     parser.add_argument("--memory-budget", help="ours, for slice and embedded")
+    parser.add_argument(
+        "--settled", action="store_true", help="do not tune the peer: take packs, one at a time"
+    )
     parser.add_argument("--peer", action="store_true", help="whole8b: against the best NF4 peer")
     parser.add_argument("--cgroup", type=_size, help="whole8b: a hard limit too, e.g. 4GiB")
     return parser.parse_args(arguments)
