@@ -25,7 +25,7 @@ OWN = "store"
 """Name of the store inside a model folder that holds no safetensors (`model init`)."""
 
 
-def open_store(folder: Path, codec: str, progress: Progress | None = None) -> Store:
+def open_store(folder: Path, codec: str) -> Store:
     """The store of the model in `folder`, made first where there is none yet.
 
     A store in the cache that is cut short, of another version or of another model is made again;
@@ -53,7 +53,7 @@ def open_store(folder: Path, codec: str, progress: Progress | None = None) -> St
             except DamagedStoreError:
                 pass
             shutil.rmtree(target)
-        _make(folder, codec, target, progress)
+        _make(folder, codec, target)
         return Store(target)
 
 
@@ -84,13 +84,13 @@ def store_bytes(config: LlamaConfig, codec: str) -> int:
     )
 
 
-def _make(folder: Path, codec: str, target: Path, progress: Progress | None) -> None:
+def _make(folder: Path, codec: str, target: Path) -> None:
     config = read_config(folder)
     sources = [
         Source(tensor.name, tensor.shape, tensor.chunks)
         for tensor in checked_tensors(folder, empty_causal_lm(config), config)
     ]
-    write_store(target, codec, sources, origin(folder), progress)
+    write_store(target, codec, sources, origin(folder))
 
 
 def random_sources(config: LlamaConfig, seed: int) -> list[Source]:

@@ -21,7 +21,7 @@ from llamaweft.weights.codecs import (
     encoded_bytes,
     layout,
 )
-from llamaweft.weights.kernels import encode_int8, encode_nf4
+from llamaweft.weights.kernels import encode_rows
 from llamaweft.weights.store import DATA, INDEX, SAFETENSORS_DTYPES, VERSION
 
 CHUNK_BYTES = 64 * 2**20
@@ -106,7 +106,6 @@ def _write_tensor(
     file: BinaryIO, source: Source, codec: str, places: dict[str, int]
 ) -> dict[str, str]:
     """Encode one tensor chunk by chunk; returns the checksum of each part."""
-    sums = {}
     offsets = {part: places[f"{source.name}.{part}"] for part in layout(codec, source.shape, "")}
     hashes = {part: xxhash.xxh3_128() for part in offsets}
 
@@ -123,19 +122,16 @@ def _write_tensor(
         if codec in PLAIN:
             put("values", chunk.to(PLAIN[codec]))
             continue
-        plain = np.ascontiguousarray(chunk.float().numpy())
-        codes, fp32_scales = (encode_nf4 if codec == "nf4" else encode_int8)(plain)
-        put("codes", codes)
+        rows = encode_rows(codec, np.ascontiguousarray(chunk.float().numpy()))
+        put("codes", rows["codes"])
         if codec == "nf4":
-            scales.append(torch.from_numpy(fp32_scales))
+            scales.append(torch.from_numpy(rows["scales"]))
         else:
-            put("scales", fp32_scales)
+            put("scales", rows["scales"])
     if codec == "nf4":
         for part, values in encode_scales(torch.cat(scales)).items():
             put(part, values)
-    for part, state in hashes.items():
-        sums[part] = state.hexdigest()
-    return sums
+    return {part: state.hexdigest() for part, state in hashes.items()}
 
 
 def _rows_at_once(shape: tuple[int, ...]) -> int:

@@ -16,8 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llamaweft.weights.codecs import BLOCK, PLAIN, decode, decode_nf4_on_cuda
-from llamaweft.weights.kernels import HAS_AVX2, decode_int8, decode_nf4
+from llamaweft.weights.codecs import (
+    BLOCK,
+    PLAIN,
+    decode,
+    decode_nf4_on_cuda,
+    encode_scales,
+)
+from llamaweft.weights.kernels import HAS_AVX2, decode_int8, decode_nf4, encode_rows
 
 TILE_ROWS = 512
 TILE_COLUMNS = 512
@@ -65,10 +71,6 @@ class FrozenWeight:
     @property
     def device(self) -> torch.device:
         return next(iter(self._parts.values())).device
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self._parts.values())
 
     @property
     def parts(self) -> dict[str, Tensor]:
@@ -164,14 +166,10 @@ class FrozenWeight:
 def encode(codec: str, w_OI: Tensor) -> dict[str, Tensor]:
     """The parts of a whole matrix in memory: for tests and small matrices; a store is written in
     chunks of rows (weights/build.py)."""
-    from llamaweft.weights.codecs import encode_scales
-    from llamaweft.weights.kernels import encode_int8, encode_nf4
-
     if codec in PLAIN:
         return {"values": w_OI.to(PLAIN[codec])}
-    plain = np.ascontiguousarray(w_OI.float().numpy())
-    if codec == "int8":
-        codes, scales = encode_int8(plain)
-        return {"codes": torch.from_numpy(codes), "scales": torch.from_numpy(scales)}
-    codes, scales = encode_nf4(plain)
-    return {"codes": torch.from_numpy(codes), **encode_scales(torch.from_numpy(scales))}
+    rows = encode_rows(codec, np.ascontiguousarray(w_OI.float().numpy()))
+    parts = {name: torch.from_numpy(values) for name, values in rows.items()}
+    if codec == "nf4":
+        parts |= encode_scales(parts.pop("scales"))
+    return parts

@@ -235,3 +235,9 @@ def encode_int8(w_OI: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     scales = np.empty((rows, columns // 64), np.float32)
     _int8_encode(w_OI, codes, scales)
     return codes, scales
+
+
+def encode_rows(codec: str, w_OI: np.ndarray) -> Arrays:
+    """fp32 rows in nf4 or int8: `codes` and fp32 `scales`; nf4's scales are not quantised yet."""
+    codes, scales = (encode_nf4 if codec == "nf4" else encode_int8)(w_OI)
+    return {"codes": codes, "scales": scales}

@@ -95,10 +95,6 @@ class Store:
     def names(self) -> list[str]:
         return list(self.index["tensors"])
 
-    @property
-    def nbytes(self) -> int:
-        return int(self.index["bytes"])
-
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.index["tensors"][name]["shape"])
 
@@ -138,7 +134,7 @@ class Store:
         """Raises DamagedStoreError when a part does not have its checksum."""
         sums = self.index["tensors"][name]["checksums"]
         for part, values in self.parts(name).items():
-            if checksum([values]) != sums[part]:
+            if checksum(values) != sums[part]:
                 raise DamagedStoreError(
                     f"{self.folder / DATA}: {name} is damaged (its checksum is wrong); delete the "
                     "folder and make it again"
@@ -174,9 +170,6 @@ def _read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def checksum(chunks: Iterable[Tensor]) -> str:
-    """XXH3 (128 bits) over the bytes of contiguous tensors, one after another."""
-    state = xxhash.xxh3_128()
-    for chunk in chunks:
-        state.update(chunk.reshape(-1).view(torch.uint8).numpy().data)
-    return state.hexdigest()
+def checksum(values: Tensor) -> str:
+    """XXH3 (128 bits) over the bytes of a contiguous tensor."""
+    return xxhash.xxh3_128(values.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
