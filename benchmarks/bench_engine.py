@@ -153,8 +153,11 @@ def bench_embedded(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def bench_whole8b(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    model = models.llama3_folder(options.work, layers=32)
     weights = options.base_weights or "nf4"
+    if options.peer:  # it reads bf16
+        model = models.llama3_folder(options.work, layers=32)
+    else:
+        model = models.llama3_store(options.work, weights)
     ring = Ring(options, model, 1024, weights)
     for number, budget in enumerate(BUDGETS):
         with ring.fight(ring.ours(budget)) as rounds:

@@ -14,7 +14,7 @@ import torch
 from llamaweft.errors import UserError
 from llamaweft.files import written_aside
 from llamaweft.model.builtin import builtin_folder
-from llamaweft.model.init import random_tensors
+from llamaweft.model.init import init_random, random_tensors
 from llamaweft.model.presets import PRESETS
 from llamaweft.model.save import write_model
 from llamaweft.model.tokenizer import load_tokenizer
@@ -49,6 +49,15 @@ def llama3_folder(work: Path, layers: int) -> Path:
             dtype=torch.bfloat16,
             stop_ids=config.stop_ids,
         )
+    return folder
+
+
+def llama3_store(work: Path, codec: str) -> Path:
+    """The whole 8B with random weights, written straight into a store of `codec` (nf4: 5 GB),
+    which llamaweft alone opens. Raises UserError as `llama3_folder`."""
+    folder = work / f"llama3-8b-{codec}"
+    if not folder.exists():
+        init_random("llama3-8b", folder, str(_llama3_tokenizer()), codec, SEED)
     return folder
 
 
