@@ -1,4 +1,4 @@
-"""Where the rooms meet: builds the pieces that a recipe names and hands them to each other.
+"""Where the rooms meet: hands the pieces of a recipe (pieces.py) to each other.
 
 As a library: `Pipeline(Recipe.load("recipe.yaml")).train()`.
 """
@@ -13,39 +13,25 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llamaweft.adapters.folder import load_adapter_state, read_adapter, save_adapter
-from llamaweft.adapters.lora import LAYER_LINEARS, LoraConfig, inject
+from llamaweft.adapters.lora import inject
 from llamaweft.data.chat import Document, stop_ids
 from llamaweft.data.formats import Example
-from llamaweft.data.loader import Loader
-from llamaweft.data.prepare import Preparation, Prepared
 from llamaweft.errors import UserError
 from llamaweft.evaluate.evaluator import Evaluator, side_by_side
 from llamaweft.evaluate.report import ReportInput, write_report
 from llamaweft.export.hf import export_merged
 from llamaweft.files import need_disk
-from llamaweft.model.folder import base_name, find_folder, read_config
-from llamaweft.model.llama import LlamaForCausalLM, Memory
-from llamaweft.model.load import copy_weights, load_causal_lm
+from llamaweft.model.folder import base_name
+from llamaweft.model.llama import LlamaForCausalLM
+from llamaweft.model.load import copy_weights
 from llamaweft.model.pack import Pack
-from llamaweft.model.presets import LlamaConfig, parameter_count
-from llamaweft.model.stores import cached_store, open_store, own_codec, store_bytes
-from llamaweft.model.tokenizer import load_tokenizer
+from llamaweft.pieces import Pieces
 from llamaweft.plan.flops import training_flops
-from llamaweft.plan.hardware import available_bytes, matmul_flops_per_second
-from llamaweft.plan.memory import Schedule, Workload, solve, trained_parameter_count
-from llamaweft.plan.plan import Plan, make_plan
+from llamaweft.plan.memory import Schedule, trained_parameter_count
+from llamaweft.plan.plan import Plan
 from llamaweft.recipe import Evaluation, Recipe
-from llamaweft.runtime import (
-    Runtime,
-    anon_bytes,
-    choose_runtime,
-    environment,
-    return_freed_memory,
-    seed_everything,
-)
+from llamaweft.runtime import environment, seed_everything
 from llamaweft.train.checkpoint import STATE, LoopState, complete_checkpoints
 from llamaweft.train.events import Announcer, Listener, StopRequest
 from llamaweft.train.loop import EARLY_STOPPING, FINISHED, Loop, Settings
@@ -64,249 +50,12 @@ from llamaweft.train.trackers import Trackers, check_installed
 Progress = Callable[[int, int], None]
 
 
-class Pipeline:
-    """A recipe and the pieces it names, each built when it is first asked for."""
+class Pipeline(Pieces):
+    """From a recipe to a run folder, and back to the model that was trained."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+        super().__init__(recipe)
         self.run_folder = RunFolder(Path(recipe.output_dir))
-
-    # --- the pieces ---------------------------------------------------------------------------
-
-    @cached_property
-    def runtime(self) -> Runtime:
-        return choose_runtime(self.recipe.training.device, self.recipe.training.compute_dtype)
-
-    @cached_property
-    def model_folder(self) -> Path:
-        return find_folder(self.recipe.model)
-
-    @cached_property
-    def config(self) -> LlamaConfig:
-        return read_config(self.model_folder)
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        return load_tokenizer(self.model_folder)
-
-    @property
-    def lora(self) -> LoraConfig | None:
-        """The adapter, or None for full fine-tuning."""
-        adapter = self.recipe.adapter
-        if adapter.method == "none":
-            return None
-        targets = (
-            LAYER_LINEARS if adapter.target_modules == "all-linear" else adapter.target_modules
-        )
-        return LoraConfig(
-            adapter.r, adapter.lora_alpha, adapter.lora_dropout, adapter.use_rslora, tuple(targets)
-        )
-
-    @property
-    def base_weights(self) -> str:
-        """The codec that frozen weights are held in; full fine-tuning holds all in fp32."""
-        return self._base_weights[0]
-
-    @cached_property
-    def _base_weights(self) -> tuple[str, str]:
-        """The codec, and the reason for it."""
-        if self.lora is None:
-            return "fp32", "every weight is trained"
-        chosen = self.recipe.base_weights
-        if chosen != "auto":
-            return chosen, "asked for by the recipe"
-        if own := own_codec(self.model_folder):
-            return own, "what the model folder holds"
-        computed = "fp32" if self.runtime.compute_dtype_name == "fp32" else "bf16"
-        if store_bytes(self.config, computed) <= self.free_bytes / 2:
-            return computed, "they fit as they are computed with"
-        return "nf4", f"in {computed} they would take more than half of what is free"
-
-    @cached_property
-    def preparation(self) -> Preparation:
-        data = self.recipe.data
-        return Preparation(
-            tokenizer=self.tokenizer,
-            task=self.recipe.task,
-            train_on=data.train_on,
-            max_length_tokens=data.max_length_tokens,
-            on_too_long=data.on_too_long,
-            seed=self.recipe.training.seed,
-        )
-
-    @cached_property
-    def data(self) -> Prepared:
-        train = [(rows, rows.weight) for rows in self.recipe.data.train]
-        held = self.recipe.data.validation
-        fraction = held.fraction if held else None
-        return self.preparation.prepare(train, None if fraction else held, fraction)
-
-    @cached_property
-    def loader(self) -> Loader[Pack]:
-        training = self.recipe.training
-        return Loader(
-            self.data.documents,
-            Pack.from_documents,
-            micro_batch_tokens=training.micro_batch_tokens,
-            accumulation=training.gradient_accumulation_steps,
-            epochs=training.num_train_epochs,
-            max_steps=training.max_steps,
-            weights=self.data.weights,
-            seed=training.seed,
-        )
-
-    @cached_property
-    def schedule(self) -> Schedule:
-        return solve(self.workload, self.budget_bytes)
-
-    @property
-    def budget_bytes(self) -> int:
-        """Memory that the run may take."""
-        return self.recipe.training.memory_budget or self.free_bytes
-
-    def _go_on_with_schedule(self) -> None:
-        """Take the Schedule of the newest checkpoint, where the budget still allows it; kept or
-        recomputed, the numbers are the same."""
-        for checkpoint in complete_checkpoints(self.run_folder.checkpoints)[-1:]:
-            stored = read_json(checkpoint / STATE).get("schedule")
-            if stored and stored["peak_bytes"] <= self.budget_bytes:
-                self.schedule = Schedule.from_dict(stored)
-
-    @cached_property
-    def free_bytes(self) -> int:
-        return available_bytes(self.runtime.device)
-
-    @cached_property
-    def workload(self) -> Workload:
-        training, (tokens, labels) = self.recipe.training, self.loader.largest_pack
-        on_cpu = self.runtime.device.type == "cpu"
-        held = 0 if on_cpu or self.lora is None else store_bytes(self.config, self.base_weights)
-        compute_bytes = self.runtime.compute_dtype.itemsize
-        fragments = 0 if self._has_large_tensors else FRAGMENT_BYTES
-        return Workload(
-            config=self.config,
-            pack_tokens=tokens,
-            labels=labels,
-            rank=self.lora.r if self.lora else None,
-            targets=tuple(t.rpartition(".")[2] for t in self.lora.target_modules)
-            if self.lora
-            else (),
-            compute_bytes=compute_bytes,
-            kept_bytes=2 if training.keep_activations == "bf16" else None,
-            runtime_bytes=RUNTIME_BYTES + (anon_bytes() + fragments if on_cpu else 0),
-            weight_bytes=held,
-            optimizer_bytes=optimizer_bytes_per_parameter(training.optimizer),
-            keeps_attention=on_cpu,
-            accumulates=training.gradient_accumulation_steps > 1,
-        )
-
-    @property
-    def _has_large_tensors(self) -> bool:
-        """Whether the widest activation is large enough to be worth memory of its own."""
-        numbers = self.loader.largest_pack[0] * self.config.intermediate_size
-        return numbers * self.runtime.compute_dtype.itemsize >= LARGE_TENSOR_BYTES
-
-    def load_model(self) -> LlamaForCausalLM:
-        """The base model with a fresh adapter, on its device."""
-        if self.runtime.device.type == "cpu" and self._has_large_tensors:
-            return_freed_memory()  # else the peak would exceed the budget
-        model = self._load(self.model_folder, frozen=self.lora is not None)
-        if self.lora is not None:
-            inject(model, self.lora)
-        model.model.memory = Memory(
-            [frozenset(names) for names in self.schedule.keep],
-            self.schedule.mlp_tile_tokens,
-            torch.bfloat16 if self.recipe.training.keep_activations == "bf16" else None,
-        )
-        return model
-
-    def load_frozen(self, folder: Path | None = None) -> LlamaForCausalLM:
-        """A model without adapter that is only used: the base, or that of another folder."""
-        return self._load(folder or self.model_folder, frozen=True).eval()
-
-    def _load(self, folder: Path, *, frozen: bool) -> LlamaForCausalLM:
-        return load_causal_lm(
-            folder,
-            base_weights=self.base_weights if frozen else None,
-            compute_dtype=self.runtime.compute_dtype,
-            device=self.runtime.device,
-        )
-
-    def prepare_weights(self, say: Callable[[str], None]) -> None:
-        """Make the store of the frozen weights, where there is none yet."""
-        if self.lora is None:
-            return
-        folder, codec = self.model_folder, self.base_weights
-        if own_codec(folder) is None and not cached_store(folder, codec).exists():
-            say(f"converting the weights to {codec}, once")
-        open_store(folder, codec)
-
-    def check_data(self) -> None:
-        """Raises UserError when the audit blocks training (a line for each finding), when no row
-        is left to train on, or when a metric has no held-out row to be measured on."""
-        blocking = self.data.audit.blocking
-        if blocking:
-            raise UserError(
-                "\n".join(
-                    f"the audit blocks on {f.check}: {f.count} of {self.data.audit.rows} rows, "
-                    f"the first {f.examples[0]}: {f.remedy}"
-                    for f in blocking
-                )
-            )
-        if not self.data.documents:
-            raise UserError("no row is left to train on: data.on_too_long dropped them all")
-        if self.evaluator is not None:
-            self.evaluator.check()
-
-    # --- plan ---------------------------------------------------------------------------------
-
-    def plan(self) -> Plan:
-        """Memory, time and decisions; measures the matmul rate for half a second."""
-        documents, training = self.data.documents, self.recipe.training
-        tokens = float(self.data.weights @ [len(d.ids) for d in documents])
-        labels = float(self.data.weights @ [d.trained_tokens for d in documents])
-        packs = self.loader.packs_per_epoch
-        packs_per_step = self.loader.total_packs / self.loader.total_steps
-        return make_plan(
-            self.workload,
-            self.schedule,
-            steps=self.loader.total_steps,
-            mean_step_tokens=tokens / packs * packs_per_step,
-            mean_step_labels=labels / packs * packs_per_step,
-            packs_per_epoch=packs,
-            flops_per_second=matmul_flops_per_second(
-                self.runtime.device,
-                self.runtime.compute_dtype,
-                (training.micro_batch_tokens, self.config.hidden_size, self.config.hidden_size),
-            ),
-            budget_bytes=self.budget_bytes,
-            decisions=self.decisions(),
-        )
-
-    def decisions(self) -> dict[str, str]:
-        """What was chosen, and why: printed once at the start and saved."""
-        runtime = self.runtime
-        threads = f"{runtime.threads} threads" if runtime.device.type == "cpu" else ""
-        trained = trained_parameter_count(self.workload)
-        method = f"LoRA r {self.lora.r}" if self.lora else "full fine-tuning"
-        share = self.schedule.recomputed_share
-        recompute = (
-            "nothing is recomputed: the activations fit the budget"
-            if share == 0
-            else f"{share:.0%} of the forward pass's products are done again to fit the budget"
-        )
-        return {
-            "model": f"{self.recipe.model}, {parameter_count(self.config) / 1e6:.1f}M parameters",
-            "device": " ".join([str(runtime.device), threads]).strip(),
-            "compute": f"{runtime.compute_dtype_name}: {runtime.reason}",
-            "weights": f"frozen weights held in {self.base_weights}: {self._base_weights[1]}"
-            if self.lora
-            else "every weight is trained in fp32",
-            "trained": f"{method}, {trained / 1e6:.2f}M parameters",
-            "recompute": recompute,
-        }
-
-    # --- training -----------------------------------------------------------------------------
 
     @cached_property
     def evaluator(self) -> Evaluator | None:
@@ -333,6 +82,23 @@ class Pipeline:
             max_new_tokens=measuring.max_new_tokens,
             micro_batch_tokens=self.recipe.training.micro_batch_tokens,
         )
+
+    def check_data(self) -> None:
+        """Raises UserError when the audit blocks training (a line for each finding), when no row
+        is left to train on, or when a metric has no held-out row to be measured on."""
+        blocking = self.data.audit.blocking
+        if blocking:
+            raise UserError(
+                "\n".join(
+                    f"the audit blocks on {f.check}: {f.count} of {self.data.audit.rows} rows, "
+                    f"the first {f.examples[0]}: {f.remedy}"
+                    for f in blocking
+                )
+            )
+        if not self.data.documents:
+            raise UserError("no row is left to train on: data.on_too_long dropped them all")
+        if self.evaluator is not None:
+            self.evaluator.check()
 
     def train(
         self,
@@ -380,6 +146,14 @@ class Pipeline:
             return self._finish(loop, judge, say)
         finally:
             folder.unlock()
+
+    def _go_on_with_schedule(self) -> None:
+        """Take the Schedule of the newest checkpoint, where the budget still allows it; kept or
+        recomputed, the numbers are the same."""
+        for checkpoint in complete_checkpoints(self.run_folder.checkpoints)[-1:]:
+            stored = read_json(checkpoint / STATE).get("schedule")
+            if stored and stored["peak_bytes"] <= self.budget_bytes:
+                self.schedule = Schedule.from_dict(stored)
 
     def _disk_bytes(self) -> int:
         """What checkpoints (weights and two moments each), the result and the logs will need."""
@@ -581,14 +355,3 @@ def write_run_report(folder: RunFolder) -> None:
 
 def _loss_parts(model: LlamaForCausalLM, documents: list[Document]) -> list[tuple[float, float]]:
     return model.sequence_losses(Pack.from_documents(documents).to(model.device))
-
-
-RUNTIME_BYTES = 64 * 2**20
-"""What the process takes beyond what it has when the plan is made: compiled kernels, buffers of the
-matrix library."""
-
-LARGE_TENSOR_BYTES = 8 * 2**20
-"""Widest activation from which on freed memory is given back at once."""
-
-FRAGMENT_BYTES = 96 * 2**20
-"""What the C library holds on to otherwise. docs/plan.md has what was measured."""

@@ -12,25 +12,28 @@ PACKAGE = Path(__file__).parents[1] / "llamaweft"
 ALLOWED = {
     "errors": set(),
     "files": set(),
+    "prefixes": set(),
     "recipe": set(),
     "runtime": set(),
     "weights": {"runtime"},
-    "model": {"runtime", "weights"},
+    "model": {"runtime", "weights", "prefixes"},
     "adapters": {"runtime", "weights"},
-    "data": {"runtime"},
+    "data": {"runtime", "prefixes"},
     "plan": {"recipe", "runtime", "model.presets"},
     "train": {"runtime", "parallel"},
     "generate": {"model", "runtime"},
     "evaluate": {"generate", "data", "runtime"},
     "export": {"model", "weights", "adapters", "generate", "runtime"},
+    "pieces": {"recipe", "runtime", "weights", "model", "adapters", "data", "plan", "train"},
     "pipeline": {
-        "recipe", "runtime", "weights", "model", "adapters", "data", "plan", "train",
+        "pieces", "recipe", "runtime", "weights", "model", "adapters", "data", "plan", "train",
         "generate", "evaluate", "export",
     },
     "subject": {
-        "pipeline", "recipe", "runtime", "weights", "model", "adapters", "data", "plan", "train",
+        "pipeline", "pieces", "recipe", "runtime", "weights", "model", "adapters", "data", "plan", "train",
         "generate", "evaluate", "export",
     },
+    "predictions": {"subject", "data", "generate"},
 }  # fmt: skip
 
 

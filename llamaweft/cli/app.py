@@ -25,6 +25,7 @@ VERBS = {
     "train": "Run a recipe.",
     "evaluate": "Measure a run or a model on held-out rows.",
     "chat": "Talk to a run or a model in the terminal.",
+    "predict": "A file of prompts in, a file of answers out.",
     "export": "Write the trained model for other programs, with proof.",
     "model": "Make, convert or inspect a model folder.",
 }

@@ -67,6 +67,27 @@ def to_examples(
     return examples
 
 
+def to_prompts(rows: Iterable[Row]) -> list[Example]:
+    """Chats up to where an answer begins: rows of `messages`, `prompt` or `instruction`, whose own
+    last answer, if they have one, is left out.
+
+    Raises UserError, naming the row, where there is none of these or a value of a wrong kind.
+    """
+    found = []
+    for row in rows:
+        unanswered = {"completion": "", "output": ""} | row.content
+        shape = _recognise(row.where, unanswered)
+        if shape == "text":
+            raise UserError(f"{row.where} has only text; a prompt is a column named prompt")
+        messages = _READERS[shape](row.where, unanswered).messages
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        if not messages:
+            raise UserError(f"{row.where} asks nothing: its only message is an answer")
+        found.append(Example(row.where, messages))
+    return found
+
+
 def _renamed(row: Row, columns: dict[str, str] | None) -> dict[str, Any]:
     content = dict(row.content)
     for ours, theirs in (columns or {}).items():

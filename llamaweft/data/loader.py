@@ -14,7 +14,8 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from llamaweft.data.chat import Document
-from llamaweft.data.packing import pack_epoch
+from llamaweft.data.packing import Bin, pack_epoch
+from llamaweft.prefixes import prefix_tree, unshared
 
 Batch = TypeVar("Batch")
 
@@ -24,6 +25,7 @@ class Loader(Generic[Batch]):
 
     weights: how often each document is seen in an epoch.
     epochs: length of the run in epochs, unless max_steps is given.
+    share: whether a pack computes once what its documents begin with in common.
     """
 
     def __init__(
@@ -37,18 +39,22 @@ class Loader(Generic[Batch]):
         max_steps: int | None = None,
         weights: np.ndarray | None = None,
         seed: int = 0,
+        share: bool = False,
     ) -> None:
         self.documents, self.collate = documents, collate
         self.micro_batch_tokens, self.accumulation = micro_batch_tokens, accumulation
-        self.seed = seed
-        self._lengths = np.array([len(document.ids) for document in documents])
+        self.seed, self.share = seed, share
+        ids = [document.ids for document in documents]
+        self._lengths = np.array([len(i) for i in ids])
+        self._tree = prefix_tree(ids) if share else unshared(self._lengths)
+        self._labels = np.array([document.trained_tokens for document in documents])
         self._weights = np.ones(len(documents)) if weights is None else weights
         self._epoch = lru_cache(maxsize=2)(self._pack_epoch)
         self.total_packs = self._count_packs(epochs, max_steps)
         self.total_steps = math.ceil(self.total_packs / accumulation)
 
-    def _pack_epoch(self, epoch: int) -> list[list[int]]:
-        return pack_epoch(self._lengths, self._weights, self.micro_batch_tokens, self.seed, epoch)
+    def _pack_epoch(self, epoch: int) -> list[Bin]:
+        return pack_epoch(self._tree, self._weights, self.micro_batch_tokens, self.seed, epoch)
 
     def _count_packs(self, epochs: float, max_steps: int | None) -> int:
         if max_steps is not None:
@@ -72,7 +78,7 @@ class Loader(Generic[Batch]):
         while True:
             packs = self._epoch(epoch)
             for pack in packs[skip:]:
-                yield [self.documents[index] for index in pack]
+                yield [self.documents[index] for index in pack.documents]
             skip = max(0, skip - len(packs))
             epoch += 1
 
@@ -81,13 +87,21 @@ class Loader(Generic[Batch]):
         return len(self._epoch(0))
 
     @property
+    def epoch_tokens(self) -> tuple[int, int, int]:
+        """Of the first epoch: tokens as given, tokens that are computed, labels."""
+        packs = self._epoch(0)
+        shown = np.array([index for pack in packs for index in pack.documents])
+        given, computed = int(self._lengths[shown].sum()), sum(pack.tokens for pack in packs)
+        return given, computed, int(self._labels[shown].sum())
+
+    @property
     def largest_pack(self) -> tuple[int, int]:
         """(tokens, labels) that no pack exceeds; labels are those of the first epoch's packs and
         a tenth more, since other epochs are packed otherwise."""
-        labels = [document.trained_tokens for document in self.documents]
         packs = self._epoch(0)
-        most = max(sum(labels[index] for index in pack) for pack in packs)
-        tokens = max(int(self._lengths[pack].sum()) for pack in packs)
+        most = max(int(self._labels[pack.documents].sum()) for pack in packs)
+        tokens = max(pack.tokens for pack in packs)
         if self.total_packs > len(packs):
             tokens = min(max(self.micro_batch_tokens, tokens), int(self._lengths.sum()))
-        return tokens, min(tokens, most + most // 10)
+        labels = most + most // 10
+        return tokens, labels if self.share else min(tokens, labels)

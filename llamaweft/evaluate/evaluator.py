@@ -97,7 +97,7 @@ class Evaluator:
             max_new_tokens=self.max_new_tokens,
             progress=None if progress is None else lambda done: progress(done, len(chats)),
         )
-        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in generated]
+        texts = [self.tokenizer.decode(found.ids, skip_special_tokens=True) for found in generated]
         return [
             Answer(e.where, e.messages[-2]["content"], e.messages[-1]["content"], text)
             for e, text in zip(chats, texts, strict=True)

@@ -6,6 +6,7 @@ B: sequences
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,6 +22,14 @@ CACHE_BYTES = 256 * 2**20
 """Keys and values that a batch may hold; it decides how many sequences are answered together."""
 
 LARGEST_BATCH = 128
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Token ids without the stop token. finish: `stop`, or `length` where room ended."""
+
+    ids: list[int]
+    finish: str
 
 
 class _Prompt:
@@ -64,36 +73,43 @@ def generate_batch(
     *,
     max_new_tokens: int,
     progress: Callable[[int], None] | None = None,
-) -> list[list[int]]:
-    """The greedy answer to each prompt as token ids, without the stop token, in the given order.
+) -> list[Answer]:
+    """The greedy answer to each prompt, in the given order.
 
-    Prompts of like length share a batch; a finished sequence leaves it. `progress` is called
-    with the number of finished prompts.
+    Prompts of like length share a batch; a finished sequence leaves it. An answer has
+    `max_new_tokens` at most, and ends where the model's context does. `progress` is called with the
+    number of finished prompts.
     """
+    context = model.config.max_position_embeddings
+    most = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
     answers: list[list[int]] = [[] for _ in prompts]
+    finish = ["length"] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     finished = 0
-    for rows in _batches(model, order, [len(prompts[i]) + max_new_tokens for i in order]):
+    for rows in _batches(model, order, [len(prompts[i]) + most[i] for i in order]):
         finished += len(rows)
-        room = max(len(prompts[i]) for i in rows) + max_new_tokens
-        session = Session(model, len(rows), room)
+        session = Session(model, len(rows), max(len(prompts[i]) + most[i] for i in rows))
         logits_BV = session.prefill([prompts[i] for i in rows])
-        for _ in range(max_new_tokens):
+        while rows:
             ids_B = logits_BV.argmax(dim=-1)
-            alive = [b for b, token in enumerate(ids_B.tolist()) if token not in stop_ids]
+            alive = []
+            for place, (row, token) in enumerate(zip(rows, ids_B.tolist(), strict=True)):
+                if token in stop_ids:
+                    finish[row] = "stop"
+                    continue
+                answers[row].append(token)
+                if len(answers[row]) < most[row]:
+                    alive.append(place)
             if len(alive) < len(rows):
-                rows = [rows[b] for b in alive]
+                rows = [rows[place] for place in alive]
                 kept = torch.tensor(alive, dtype=torch.int64, device=ids_B.device)
                 session.cache.keep(kept)
                 ids_B = ids_B[kept]
-            if not rows:
-                break
-            for row, token in zip(rows, ids_B.tolist(), strict=True):
-                answers[row].append(token)
-            logits_BV = session.decode(ids_B)
+            if rows:
+                logits_BV = session.decode(ids_B)
         if progress is not None:
             progress(finished)
-    return answers
+    return [Answer(ids, end) for ids, end in zip(answers, finish, strict=True)]
 
 
 def _batches(model: LlamaForCausalLM, order: list[int], rooms: list[int]) -> list[list[int]]:

@@ -20,6 +20,9 @@ from torch import Tensor
 QUERY_BLOCK, KEY_BLOCK = 64, 2048
 """Scores that the backward pass holds at once, for each head."""
 
+FEW_QUERIES = 256
+"""Queries of a piece up to which its backward pass runs in fp32, in any dtype (docs/log.md)."""
+
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -89,14 +92,21 @@ def attention_backward(
     each range adds its own part.
     """
     kv_heads = k_TKD.shape[1]
-    dq_RHD, dk_TKD, dv_TKD = (torch.zeros_like(x) for x in (q_RHD, k_TKD, v_TKD))
-    # In fp32 blocks of matrix products are faster than torch's own kernel (docs/log.md).
-    ranged = _blocked if q_RHD.dtype == torch.float32 else _flash_range
+    dtype = q_RHD.dtype
+    sums = [torch.zeros_like(x, dtype=torch.float32) for x in (q_RHD, k_TKD, v_TKD)]
     for piece, normaliser in zip(pieces, normalisers, strict=True):
-        q, g, o, dq = (_by_head(x[piece.queries], kv_heads) for x in (q_RHD, g_RHD, o_RHD, dq_RHD))
+        count = piece.queries.stop - piece.queries.start
+        # Blocks of fp32 products are faster than torch's own kernel, in fp32 as for few queries.
+        blocked = dtype == torch.float32 or count <= FEW_QUERIES
+        held = torch.float32 if blocked else dtype
+        q, g, o, dq = (_by_head(x[piece.queries], kv_heads) for x in (q_RHD, g_RHD, o_RHD, sums[0]))
+        q, g, o = (x.to(held) for x in (q, g, o))
         for keys, causal in piece.ranges:
-            k, v, dk, dv = (x[keys].transpose(0, 1) for x in (k_TKD, v_TKD, dk_TKD, dv_TKD))
+            k, v = (x[keys].transpose(0, 1).to(held) for x in (k_TKD, v_TKD))
+            dk, dv = (x[keys].transpose(0, 1) for x in sums[1:])
+            ranged = _blocked if blocked else _flash_range
             ranged(g, q, k, v, o, normaliser, causal, dq, dk, dv)
+    dq_RHD, dk_TKD, dv_TKD = (x.to(dtype) for x in sums)
     return dq_RHD, dk_TKD, dv_TKD
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llamaweft.model.pack import Pack
-from llamaweft.weights.frozen import FrozenWeight
+from llamaweft.weights.frozen import FrozenWeight, tile_size
 from llamaweft.weights.linear import Linear
 
 TILE_BYTES = 160 * 2**20
@@ -21,8 +21,8 @@ TILE_LABELS = 384
 """Size of one tile of fp32 logits, in bytes and in labels, whichever is less: the larger, the
 seldomer a frozen head is decoded, until the products gain no more."""
 
-VOCABULARY_TILE = {"cpu": 512, "cuda": 16384}
-"""Rows of the head that are multiplied at once."""
+VOCABULARY_TILE = 16384
+"""Rows of the head that are multiplied at once on a GPU."""
 
 Weight = nn.Parameter | FrozenWeight
 
@@ -63,9 +63,10 @@ def _label_tiles(labels: int, vocabulary: int) -> list[slice]:
 def _vocabulary_tiles(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """(rows, w_rows in `dtype`), valid until the next one."""
     vocabulary = weight.shape[0]
-    size = VOCABULARY_TILE[weight.device.type]
+    on_cpu = weight.device.type == "cpu"
+    size = tile_size(weight.shape[1], dtype) if on_cpu else VOCABULARY_TILE
     tiles = [slice(a, min(a + size, vocabulary)) for a in range(0, vocabulary, size)]
-    if isinstance(weight, FrozenWeight) and weight.device.type == "cpu":
+    if isinstance(weight, FrozenWeight) and on_cpu:
         for rows in tiles:
             yield rows, weight.rows(rows.start, rows.stop, dtype)
         return

@@ -16,11 +16,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from llamaweft.prefixes import prefix_tree, unshared
 
 
 class DocumentLike(Protocol):
@@ -43,6 +45,7 @@ class Pack:
     label_position_N (int64): the index into T whose output predicts the target.
     label_target_N (int64), label_weight_N (float32): the target token and its weight.
     label_sequence_N (int64): the document that a label belongs to.
+    document_tokens: tokens of the documents as they were given.
     """
 
     ids_T: Tensor
@@ -53,31 +56,38 @@ class Pack:
     label_target_N: Tensor
     label_weight_N: Tensor
     label_sequence_N: Tensor
+    document_tokens: int
 
     @classmethod
-    def from_documents(cls, documents: Sequence[DocumentLike]) -> Pack:
-        """A pack without sharing: one segment a document, positions from 0 in each.
+    def from_documents(cls, documents: Sequence[DocumentLike], *, share: bool = False) -> Pack:
+        """A pack of documents; the first token of each has no context, so it is never a target.
 
-        The first token of a document has no context, so it is never a target.
+        share: beginnings that documents have in common stand once (prefixes.py), and positions
+        continue from them. Otherwise each document is one segment.
         """
-        lengths = [len(document.ids) for document in documents]
-        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
+        ids = [document.ids for document in documents]
+        tree = prefix_tree(ids) if share else unshared([len(i) for i in ids])
+        sizes = [run.tokens for run in tree.runs]
+        starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
         position, target, weight, sequence = [], [], [], []
-        for index, (document, start) in enumerate(zip(documents, starts, strict=True)):
+        for index, document in enumerate(documents):
+            path = tree.path(index)
+            places = np.concatenate([np.arange(starts[r], starts[r + 1]) for r in path])
             trained = np.flatnonzero(document.weights[1:]) + 1
-            position.append(start + trained - 1)
+            position.append(places[trained - 1])
             target.append(document.ids[trained])
             weight.append(document.weights[trained])
             sequence.append(np.full(len(trained), index))
         return cls(
-            ids_T=_int64(np.concatenate([document.ids for document in documents])),
-            positions_T=_int64(np.concatenate([np.arange(n) for n in lengths])),
-            segment_T=_int64(np.repeat(np.arange(len(lengths)), lengths)),
-            parent_S=torch.full((len(lengths),), -1, dtype=torch.int64),
+            ids_T=_int64(np.concatenate([ids[r.document][r.start : r.stop] for r in tree.runs])),
+            positions_T=_int64(np.concatenate([np.arange(r.start, r.stop) for r in tree.runs])),
+            segment_T=_int64(np.repeat(np.arange(len(sizes)), sizes)),
+            parent_S=torch.tensor([run.parent for run in tree.runs], dtype=torch.int64),
             label_position_N=_int64(np.concatenate(position)),
             label_target_N=_int64(np.concatenate(target)),
             label_weight_N=torch.from_numpy(np.concatenate(weight).astype(np.float32)),
             label_sequence_N=_int64(np.concatenate(sequence)),
+            document_tokens=sum(len(i) for i in ids),
         )
 
     @property
@@ -108,7 +118,10 @@ class Pack:
 
     def to(self, device: torch.device) -> Pack:
         """The same pack on `device`."""
-        moved = {field.name: getattr(self, field.name).to(device) for field in fields(self)}
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {
+            n: v.to(device) if isinstance(v, Tensor) else v for n, v in held.items()
+        }
         return Pack(**moved)
 
 

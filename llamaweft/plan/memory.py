@@ -24,8 +24,8 @@ LOGIT_BYTES, LOGIT_LABELS = 160 * 2**20, 384
 ATTENTION_BLOCK_BYTES = 96 * 2**20
 """Scores of the blocks that attention's backward pass works on."""
 
-TILE_NUMBERS = 512
-"""Rows or columns of a frozen matrix that are decoded at once."""
+TILE_NUMBERS, TILE_BYTES = 512, 4 * 2**20
+"""Rows or columns of a frozen matrix that are decoded at once, or as many as have so many bytes."""
 
 LINEARS = {
     "q_proj": ("hidden", "queries"),
@@ -236,7 +236,7 @@ def workspace_bytes(work: Workload, keep: list[tuple[str, ...]]) -> int:
     layer = max(mlp * work.compute_bytes, attention * work.compute_bytes + ATTENTION_BLOCK_BYTES)
     logits = min(LOGIT_BYTES, 4 * work.config.vocab_size * min(work.labels, LOGIT_LABELS))
     head = logits + 3 * work.labels * hidden * work.compute_bytes
-    decoded = TILE_NUMBERS * max(inner, hidden) * 4
+    decoded = max(TILE_NUMBERS * max(inner, hidden) * 4, TILE_BYTES)
     trained_head = 0
     if work.rank is None:
         cast = work.compute_bytes if work.compute_bytes != 4 else 0

@@ -45,6 +45,8 @@ class PackLike(Protocol):
 
     label_weight_N: Tensor
 
+    document_tokens: int
+
     @property
     def tokens(self) -> int: ...
 
@@ -149,7 +151,7 @@ class Loop:
         rate = self.learning_rate(self.state.step)
         norm = self._update(rate)
         seconds = time.perf_counter() - began
-        tokens = sum(pack.tokens for pack in packs)
+        tokens = sum(pack.document_tokens for pack in packs)
         self.announce(
             StepEnded(
                 step=self.state.step,
@@ -157,7 +159,7 @@ class Loop:
                 lr=rate,
                 grad_norm=norm,
                 tokens=tokens,
-                computed_tokens=tokens,
+                computed_tokens=sum(pack.tokens for pack in packs),
                 trained_tokens=sum(pack.trained_tokens for pack in packs),
                 seconds=seconds,
                 tokens_per_second=tokens / seconds,

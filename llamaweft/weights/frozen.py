@@ -3,7 +3,7 @@
 On a CPU a product takes the matrix in tiles: a few rows (forward) or columns (backward) are
 decoded into a buffer that stays in the cache and multiplied at once. No sum is cut in two, so the
 tiles change no rounding beyond that of a smaller product. On a GPU the whole matrix is decoded for
-the moment of the product.
+the moment of the product. One token alone is multiplied straight from the codes (matvec.py).
 
 T: tokens   I: input features   O: output features   N: rows asked for
 """
@@ -24,11 +24,17 @@ from llamaweft.weights.codecs import (
     encode_scales,
 )
 from llamaweft.weights.kernels import HAS_AVX2, decode_int8, decode_nf4, encode_rows
+from llamaweft.weights.matvec import matvec
 
-TILE_ROWS = 512
-TILE_COLUMNS = 512
-"""Sizes of tiles: small enough for the cache, large enough for the matrix product
-(benchmarks/bench_tiles.py)."""
+TILE = 512
+TILE_BYTES = 4 * 2**20
+"""Rows (or columns) of a tile, or as many as have so many bytes: small enough for the cache, large
+enough for the matrix product (benchmarks/bench_tiles.py)."""
+
+
+def tile_size(width: int, dtype: torch.dtype) -> int:
+    """Rows of `width` numbers, or columns, that are decoded and multiplied at once on a CPU."""
+    return max(TILE, TILE_BYTES // (width * dtype.itemsize))
 
 
 class Scratch:
@@ -144,12 +150,23 @@ class FrozenWeight:
         """y_TO = x w^T in the dtype of x."""
         if x_TI.device.type != "cpu":
             return x_TI @ self.dequantised(x_TI.dtype).t()
+        if len(x_TI) == 1 and self.codec not in PLAIN:
+            return self._matvec(x_TI)
         outputs = self.shape[0]
         y_TO = x_TI.new_empty(len(x_TI), outputs)
-        for start in range(0, outputs, TILE_ROWS):
-            stop = min(start + TILE_ROWS, outputs)
+        tile = tile_size(self.shape[1], x_TI.dtype)
+        for start in range(0, outputs, tile):
+            stop = min(start + tile, outputs)
             torch.mm(x_TI, self.rows(start, stop, x_TI.dtype).t(), out=y_TO[:, start:stop])
         return y_TO
+
+    def _matvec(self, x_1I: Tensor) -> Tensor:
+        """The product for one token, without decoding: in fp32, whatever the dtype of x."""
+        _ = self.parts
+        y_1O = torch.empty(1, self.shape[0])
+        x_I = x_1I.detach().float().contiguous().view(-1)
+        matvec(self.codec, self._arrays, x_I.numpy(), y_1O.view(-1).numpy())
+        return y_1O.to(x_1I.dtype)
 
     def linear_backward(self, g_TO: Tensor) -> Tensor:
         """g_TI = g_TO w, the gradient of `linear`'s input."""
@@ -157,8 +174,9 @@ class FrozenWeight:
             return g_TO @ self.dequantised(g_TO.dtype)
         inputs = self.shape[1]
         g_TI = g_TO.new_empty(len(g_TO), inputs)
-        for start in range(0, inputs, TILE_COLUMNS):
-            stop = min(start + TILE_COLUMNS, inputs)
+        tile = tile_size(self.shape[0], g_TO.dtype)
+        for start in range(0, inputs, tile):
+            stop = min(start + tile, inputs)
             torch.mm(g_TO, self.columns(start, stop, g_TO.dtype), out=g_TI[:, start:stop])
         return g_TI
 

@@ -11,6 +11,14 @@ from hypothesis import strategies as st
 from llamaweft.data.chat import Document
 from llamaweft.data.loader import Loader
 from llamaweft.data.packing import pack_epoch
+from llamaweft.prefixes import prefix_tree, unshared
+
+
+def packed(lengths, weights, capacity: int, seed: int, epoch: int) -> list[list[int]]:
+    """The documents of each pack, where nothing is shared."""
+    return [
+        pack.documents for pack in pack_epoch(unshared(lengths), weights, capacity, seed, epoch)
+    ]
 
 
 @given(
@@ -20,25 +28,25 @@ from llamaweft.data.packing import pack_epoch
 )
 def test_every_document_is_packed_once_and_packs_are_not_overfull(lengths, capacity, seed) -> None:
     sizes = np.array(lengths)
-    packs = pack_epoch(sizes, np.ones(len(sizes)), capacity, seed, 0)
+    packs = packed(sizes, np.ones(len(sizes)), capacity, seed, 0)
     assert sorted(d for pack in packs for d in pack) == list(range(len(sizes)))
     for pack in packs:
         assert sizes[pack].sum() <= capacity or len(pack) == 1
-    assert packs == pack_epoch(sizes, np.ones(len(sizes)), capacity, seed, 0)
+    assert packs == packed(sizes, np.ones(len(sizes)), capacity, seed, 0)
 
 
 def test_packs_are_nearly_full() -> None:
     sizes = np.random.default_rng(0).integers(20, 300, 4000)
-    packs = pack_epoch(sizes, np.ones(4000), 1024, 0, 0)
+    packs = packed(sizes, np.ones(4000), 1024, 0, 0)
     assert sizes.sum() / (len(packs) * 1024) > 0.98
 
 
 def test_epochs_and_seeds_differ_and_order_does_not_follow_length() -> None:
     sizes = np.random.default_rng(0).integers(20, 300, 600)
     ones = np.ones(600)
-    first = pack_epoch(sizes, ones, 1024, 0, 0)
-    assert first != pack_epoch(sizes, ones, 1024, 0, 1)
-    assert first != pack_epoch(sizes, ones, 1024, 1, 0)
+    first = packed(sizes, ones, 1024, 0, 0)
+    assert first != packed(sizes, ones, 1024, 0, 1)
+    assert first != packed(sizes, ones, 1024, 1, 0)
     longest = [sizes[pack].max() for pack in first]
     assert abs(np.corrcoef(np.arange(len(longest)), longest)[0, 1]) < 0.3
 
@@ -46,13 +54,46 @@ def test_epochs_and_seeds_differ_and_order_does_not_follow_length() -> None:
 def test_weights_are_how_often_a_document_is_seen() -> None:
     sizes = np.full(1000, 10)
     weights = np.concatenate([np.full(500, 2.0), np.full(500, 0.5)])
-    times = Counter(d for pack in pack_epoch(sizes, weights, 100, 0, 0) for d in pack)
+    times = Counter(d for pack in packed(sizes, weights, 100, 0, 0) for d in pack)
     assert all(times[d] == 2 for d in range(500))
     assert 200 < sum(times[d] for d in range(500, 1000)) < 300
 
 
 def test_at_least_one_document_is_seen() -> None:
-    assert len(pack_epoch(np.full(3, 10), np.full(3, 1e-9), 100, 0, 0)) == 1
+    assert len(packed(np.full(3, 10), np.full(3, 1e-9), 100, 0, 0)) == 1
+
+
+@given(
+    endings=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 40)), min_size=1, max_size=60),
+    capacity=st.integers(30, 200),
+    seed=st.integers(0, 3),
+)
+def test_packs_count_what_they_compute_and_are_not_overfull(endings, capacity, seed) -> None:
+    random = np.random.default_rng(seed)
+    starts = [random.integers(0, 9, n) for n in (0, 16, 40)]
+    starts[2][:16] = starts[1]
+    ids = [np.concatenate([starts[s], random.integers(0, 9, n)]) for s, n in endings]
+    packs = pack_epoch(prefix_tree(ids), np.ones(len(ids)), capacity, seed, 0)
+    assert sorted(d for pack in packs for d in pack.documents) == list(range(len(ids)))
+    for pack in packs:
+        assert pack.tokens == prefix_tree([ids[d] for d in pack.documents]).tokens
+        assert pack.tokens <= capacity or len({ids[d].tobytes() for d in pack.documents}) == 1
+
+
+def test_documents_that_begin_alike_share_packs() -> None:
+    random = np.random.default_rng(0)
+    contexts = [random.integers(0, 900, 200) for _ in range(20)]
+    ids = [np.concatenate([contexts[i % 20], random.integers(0, 900, 20)]) for i in range(200)]
+    packs = pack_epoch(prefix_tree(ids), np.ones(200), 1024, 0, 0)
+    # Ten questions on one context are 400 tokens, so two contexts share a pack of 1,024.
+    assert len(packs) == 10
+    assert all(len({d % 20 for d in pack.documents}) == 2 for pack in packs)
+
+
+def test_copies_in_one_epoch_are_not_drawn_together() -> None:
+    tree = prefix_tree([np.arange(n * 100, n * 100 + 50) for n in range(8)])
+    for pack in pack_epoch(tree, np.full(8, 3.0), 200, 0, 0):
+        assert len(set(pack.documents)) == len(pack.documents)
 
 
 def loader(accumulation: int = 3, **length) -> Loader[list[int]]:

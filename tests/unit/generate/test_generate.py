@@ -54,17 +54,19 @@ def test_greedy_answers_are_those_of_transformers(model, tiny_folder: Path) -> N
         expected = theirs.generate(
             torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=None
         )
-        assert answer == expected[0, len(prompt) :].tolist()
+        assert answer.ids == expected[0, len(prompt) :].tolist()
+        assert answer.finish == "length"
 
 
 def test_a_stop_token_ends_one_answer_and_not_its_neighbours(model) -> None:
     free = generate_batch(model, PROMPTS, set(), max_new_tokens=12)
-    stop = free[1][3]
+    stop = free[1].ids[3]
     stopped = generate_batch(model, PROMPTS, {stop}, max_new_tokens=12)
     for before, after in zip(free, stopped, strict=True):
-        cut = before.index(stop) if stop in before else len(before)
-        assert after == before[:cut]
-    assert len(stopped[1]) <= 3
+        stops = stop in before.ids
+        assert after.ids == (before.ids[: before.ids.index(stop)] if stops else before.ids)
+        assert after.finish == ("stop" if stops else "length")
+    assert len(stopped[1].ids) <= 3
 
 
 def test_small_batches_give_the_same_answers(model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,13 +77,20 @@ def test_small_batches_give_the_same_answers(model, monkeypatch: pytest.MonkeyPa
     assert done == [1, 2, 3, 4]
 
 
+def test_an_answer_ends_where_the_context_does(model) -> None:
+    context = model.config.max_position_embeddings
+    long = RANDOM.integers(3, 900, context - 3).tolist()
+    short, cut = generate_batch(model, [PROMPTS[0], long], set(), max_new_tokens=6)
+    assert (len(short.ids), len(cut.ids), cut.finish) == (6, 3, "length")
+
+
 def test_a_stream_goes_on_where_the_session_ended(model) -> None:
     session = Session(model, 1, 64)
     greedy = Sampling()
     first = list(generate_stream(session, PROMPTS[0], set(), max_new_tokens=5, sampling=greedy))
     more = list(generate_stream(session, PROMPTS[2], set(), max_new_tokens=5, sampling=greedy))
     history = PROMPTS[0] + first + PROMPTS[2]
-    assert more == generate_batch(model, [history], set(), max_new_tokens=5)[0]
+    assert more == generate_batch(model, [history], set(), max_new_tokens=5)[0].ids
 
 
 def test_a_prompt_that_does_not_fit_is_refused(model) -> None:

@@ -25,6 +25,7 @@ def pack(lengths: list[int], parents: list[int]) -> Pack:
         label_target_N=nothing,
         label_weight_N=nothing.float(),
         label_sequence_N=nothing,
+        document_tokens=tokens,
     )
 
 
@@ -79,7 +80,9 @@ def test_masks_are_written_out_by_hand_for_one_case() -> None:
         torch.testing.assert_close(found, weights @ v[keys, 0])
 
 
-def test_bf16_takes_torchs_kernel_and_stays_close() -> None:
+@pytest.mark.parametrize("few", [0, 256], ids=["torch's kernel", "fp32 blocks"])
+def test_bf16_stays_close(few: int, monkeypatch) -> None:
+    monkeypatch.setattr(flash, "FEW_QUERIES", few)
     made = pack([30, 40], [-1, 0])
     attend = PackAttention(made)
     torch.manual_seed(5)

@@ -40,50 +40,67 @@ def test_a_document_does_not_see_its_neighbours(tiny_folder: Path) -> None:
     assert not torch.equal(a[:40], b[:40])
 
 
-def shared(prefix: list[int], endings: list[list[int]]) -> Pack:
-    """One prefix segment with a child for each ending; every ending's token is a label."""
-    lengths = [len(prefix), *map(len, endings)]
-    starts = np.cumsum([0, *lengths])
-    position, target, sequence = [], [], []
-    for index, ending in enumerate(endings):
-        inside = range(int(starts[index + 1]), int(starts[index + 1]) + len(ending))
-        position += [len(prefix) - 1, *inside[:-1]]
-        target += ending
-        sequence += [index] * len(ending)
-    return Pack(
-        ids_T=torch.tensor([*prefix, *(t for e in endings for t in e)]),
-        positions_T=torch.tensor(
-            [*range(len(prefix)), *(len(prefix) + i for e in endings for i in range(len(e)))]
-        ),
-        segment_T=torch.tensor(np.repeat(np.arange(len(lengths)), lengths)),
-        parent_S=torch.tensor([-1] + [0] * len(endings)),
-        label_position_N=torch.tensor(position),
-        label_target_N=torch.tensor(target),
-        label_weight_N=torch.ones(len(target)),
-        label_sequence_N=torch.tensor(sequence),
-    )
+def test_a_shared_beginning_stands_once_and_positions_go_on_from_it() -> None:
+    start = list(range(100, 108))
+    documents = [
+        document([*start, 1, 2], [0] * 8 + [1, 1]),
+        document([*start, 3], [0] * 8 + [1]),
+        document([7, 8], [0, 1]),
+    ]
+    pack = Pack.from_documents(documents, share=True)
+    assert (pack.tokens, pack.document_tokens) == (13, 21)
+    # In sorted order: [7, 8] is a segment of its own, then the beginning and its two ends.
+    assert pack.ids_T.tolist() == [7, 8, *start, 1, 2, 3]
+    assert pack.positions_T.tolist() == [0, 1, *range(8), 8, 9, 8]
+    assert pack.parent_S.tolist() == [-1, -1, 1, 1]
+    assert pack.label_sequence_N.tolist() == [0, 0, 1, 2]
+    assert pack.label_target_N.tolist() == [1, 2, 3, 8]
+    assert pack.label_position_N.tolist() == [9, 10, 9, 0]  # two targets after the beginning
 
 
-def test_a_shared_prefix_gives_the_loss_and_gradients_of_separate_documents(
+def levels(random: np.random.Generator) -> list[Document]:
+    """Three levels of sharing, a document that others begin with, one twice and one apart; some
+    tokens of the beginnings are trained, with weights."""
+    system, first, second = (random.integers(0, 900, n).tolist() for n in (40, 24, 16))
+    rows = [
+        system + first + random.integers(0, 900, 12).tolist(),
+        system + first + second + random.integers(0, 900, 1).tolist(),
+        system + first + second + random.integers(0, 900, 9).tolist(),
+        system + random.integers(0, 900, 30).tolist(),
+        system + first,
+        system + first,
+        random.integers(0, 900, 50).tolist(),
+    ]
+    weights = [random.choice([0, 0.5, 1], len(ids)).tolist() for ids in rows]
+    return [document(ids, weight) for ids, weight in zip(rows, weights, strict=True)]
+
+
+def test_shared_beginnings_give_the_loss_and_gradients_of_separate_documents(
     tiny_folder: Path,
 ) -> None:
-    random = np.random.default_rng(1)
-    prefix = random.integers(0, 900, 30).tolist()
-    endings = [random.integers(0, 900, n).tolist() for n in (12, 1, 7)]
-    apart = Pack.from_documents(
-        [document(prefix + e, [0] * len(prefix) + [1] * len(e)) for e in endings]
-    )
+    documents = levels(np.random.default_rng(1))
     results = []
-    for pack in (shared(prefix, endings), apart):
+    for share in (True, False):
+        pack = Pack.from_documents(documents, share=share)
         model = load_causal_lm(tiny_folder, base_weights=None)
         total, count = model.loss(pack)
         total.backward()
         results.append((total.detach(), count, [p.grad for p in model.parameters()]))
+        assert pack.document_tokens == sum(len(d.ids) for d in documents)
+    assert Pack.from_documents(documents, share=True).tokens < 250 < pack.tokens
     (loss_a, count_a, grads_a), (loss_b, count_b, grads_b) = results
     assert count_a == count_b
     torch.testing.assert_close(loss_a, loss_b, rtol=1e-5, atol=0)
     for a, b in zip(grads_a, grads_b, strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+def test_sequence_losses_do_not_depend_on_sharing(tiny_folder: Path) -> None:
+    model = load_causal_lm(tiny_folder, base_weights=None)
+    documents = levels(np.random.default_rng(2))
+    together = model.sequence_losses(Pack.from_documents(documents, share=True))
+    apart = model.sequence_losses(Pack.from_documents(documents))
+    assert together == [pytest.approx(pair, rel=1e-5) for pair in apart]
 
 
 def test_weights_scale_a_label(tiny_folder: Path) -> None:

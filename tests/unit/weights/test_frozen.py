@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from llamaweft.weights import frozen, matvec
 from llamaweft.weights.codecs import CODECS, decode
-from llamaweft.weights.frozen import TILE_COLUMNS, TILE_ROWS, FrozenWeight, encode
+from llamaweft.weights.frozen import FrozenWeight, encode
 from llamaweft.weights.linear import Linear
 
 
@@ -17,9 +18,10 @@ def held(codec: str, rows: int, columns: int) -> tuple[FrozenWeight, torch.Tenso
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_products_and_their_gradients(codec: str) -> None:
+def test_products_and_their_gradients(codec: str, monkeypatch) -> None:
     """1e-6 of the norm: a smaller product may be summed in another order."""
-    rows, columns = TILE_ROWS + 70, TILE_COLUMNS + 64
+    monkeypatch.setattr(frozen, "tile_size", lambda width, dtype: 256)
+    rows, columns = 2 * 256 + 70, 256 + 64
     weight, w = held(codec, rows, columns)
     layer = Linear(columns, rows)
     layer.hold(weight)
@@ -68,3 +70,20 @@ def test_a_matrix_that_was_measured_with_can_be_trained_on(codec: str, dtype: to
     with torch.inference_mode():
         before = weight.linear(x).clone()
     assert torch.equal(weight.linear(x), before)
+
+
+@pytest.mark.parametrize("codec", ["nf4", "int8"])
+@pytest.mark.parametrize("has_avx2", [True, False])
+def test_one_token_is_multiplied_straight_from_the_codes(codec, has_avx2, monkeypatch) -> None:
+    """1e-6 of the norm: the sums run in another order."""
+    if has_avx2 and not matvec.HAS_AVX2:
+        pytest.skip("the kernel with permutations needs AVX2")
+    monkeypatch.setattr(matvec, "HAS_AVX2", has_avx2)
+    weight, w = held(codec, 77, 320)
+    monkeypatch.setattr(weight, "rows", None)  # nothing may be decoded
+    x = torch.randn(1, 320)
+    expected = x.double() @ w.double().t()
+    assert float((weight.linear(x) - expected).norm() / expected.norm()) < 1e-6
+    narrow = weight.linear(x.bfloat16())
+    assert narrow.dtype == torch.bfloat16
+    assert float((narrow - expected).norm() / expected.norm()) < 1e-2

@@ -1,0 +1,40 @@
+"""`llamaweft predict`: a file of prompts in, a file of answers out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llamaweft.cli.terminal import JsonFlag, counted, out, print_json, say
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def predict(
+    subject: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="Who answers.")],
+    prompts: Annotated[str, typer.Argument(help="Rows with messages, prompt or instruction.")],
+    output: Annotated[Path, typer.Option(help="The JSONL file of answers to write.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 512,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the answers of a call that was stopped.")
+    ] = False,
+    json_output: JsonFlag = False,
+) -> None:
+    """Greedy answers to a file of prompts, in batches, each as a line of JSON."""
+    from llamaweft.data.formats import to_prompts
+    from llamaweft.data.sources import read_path
+    from llamaweft.predictions import predict as answer
+    from llamaweft.subject import open_subject
+
+    rows = to_prompts(read_path(prompts))
+    say(f"loading {subject}")
+    opened = open_subject(subject)
+    with counted("answering") as progress:
+        made = answer(
+            opened, rows, output, max_new_tokens=max_new_tokens, resume=resume, progress=progress
+        )
+    content = {"output": str(output), "answers": len(rows), "made_now": made}
+    print_json(content) if json_output else out.print(f"wrote {len(rows)} answers to {output}")

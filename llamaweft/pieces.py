@@ -1,0 +1,259 @@
+"""The pieces that a recipe names, and the plan made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llamaweft.adapters.lora import LAYER_LINEARS, LoraConfig, inject
+from llamaweft.data.loader import Loader
+from llamaweft.data.prepare import Preparation, Prepared
+from llamaweft.model.folder import find_folder, read_config
+from llamaweft.model.llama import LlamaForCausalLM, Memory
+from llamaweft.model.load import load_causal_lm
+from llamaweft.model.pack import Pack
+from llamaweft.model.presets import LlamaConfig, parameter_count
+from llamaweft.model.stores import cached_store, open_store, own_codec, store_bytes
+from llamaweft.model.tokenizer import load_tokenizer
+from llamaweft.plan.hardware import available_bytes, matmul_flops_per_second
+from llamaweft.plan.memory import Schedule, Workload, solve, trained_parameter_count
+from llamaweft.plan.plan import Plan, make_plan
+from llamaweft.recipe import Recipe
+from llamaweft.runtime import Runtime, anon_bytes, choose_runtime, return_freed_memory
+from llamaweft.train.optim import optimizer_bytes_per_parameter
+
+RUNTIME_BYTES = 64 * 2**20
+"""What the process takes beyond what it has when the plan is made: compiled kernels, buffers of the
+matrix library."""
+
+LARGE_TENSOR_BYTES = 8 * 2**20
+"""Widest activation from which on freed memory is given back at once."""
+
+FRAGMENT_BYTES = 96 * 2**20
+"""What the C library holds on to otherwise. docs/plan.md has what was measured."""
+
+
+class Pieces:
+    """A recipe and the pieces it names, each built when it is first asked for."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    @cached_property
+    def runtime(self) -> Runtime:
+        return choose_runtime(self.recipe.training.device, self.recipe.training.compute_dtype)
+
+    @cached_property
+    def model_folder(self) -> Path:
+        return find_folder(self.recipe.model)
+
+    @cached_property
+    def config(self) -> LlamaConfig:
+        return read_config(self.model_folder)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.model_folder)
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapter, or None for full fine-tuning."""
+        adapter = self.recipe.adapter
+        if adapter.method == "none":
+            return None
+        targets = (
+            LAYER_LINEARS if adapter.target_modules == "all-linear" else adapter.target_modules
+        )
+        return LoraConfig(
+            adapter.r, adapter.lora_alpha, adapter.lora_dropout, adapter.use_rslora, tuple(targets)
+        )
+
+    @property
+    def base_weights(self) -> str:
+        """The codec that frozen weights are held in; full fine-tuning holds all in fp32."""
+        return self._base_weights[0]
+
+    @cached_property
+    def _base_weights(self) -> tuple[str, str]:
+        """The codec, and the reason for it."""
+        if self.lora is None:
+            return "fp32", "every weight is trained"
+        chosen = self.recipe.base_weights
+        if chosen != "auto":
+            return chosen, "asked for by the recipe"
+        if own := own_codec(self.model_folder):
+            return own, "what the model folder holds"
+        computed = "fp32" if self.runtime.compute_dtype_name == "fp32" else "bf16"
+        if store_bytes(self.config, computed) <= self.free_bytes / 2:
+            return computed, "they fit as they are computed with"
+        return "nf4", f"in {computed} they would take more than half of what is free"
+
+    @cached_property
+    def preparation(self) -> Preparation:
+        data = self.recipe.data
+        return Preparation(
+            tokenizer=self.tokenizer,
+            task=self.recipe.task,
+            train_on=data.train_on,
+            max_length_tokens=data.max_length_tokens,
+            on_too_long=data.on_too_long,
+            seed=self.recipe.training.seed,
+        )
+
+    @cached_property
+    def data(self) -> Prepared:
+        train = [(rows, rows.weight) for rows in self.recipe.data.train]
+        held = self.recipe.data.validation
+        fraction = held.fraction if held else None
+        return self.preparation.prepare(train, None if fraction else held, fraction)
+
+    @cached_property
+    def loader(self) -> Loader[Pack]:
+        training = self.recipe.training
+        return Loader(
+            self.data.documents,
+            partial(Pack.from_documents, share=self.shares_prefixes),
+            micro_batch_tokens=training.micro_batch_tokens,
+            accumulation=training.gradient_accumulation_steps,
+            epochs=training.num_train_epochs,
+            max_steps=training.max_steps,
+            weights=self.data.weights,
+            seed=training.seed,
+            share=self.shares_prefixes,
+        )
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether documents that begin alike share that: not where each would see it otherwise."""
+        return self.lora is None or self.lora.lora_dropout == 0
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        return solve(self.workload, self.budget_bytes)
+
+    @property
+    def budget_bytes(self) -> int:
+        """Memory that the run may take."""
+        return self.recipe.training.memory_budget or self.free_bytes
+
+    @cached_property
+    def free_bytes(self) -> int:
+        return available_bytes(self.runtime.device)
+
+    @cached_property
+    def workload(self) -> Workload:
+        training, (tokens, labels) = self.recipe.training, self.loader.largest_pack
+        on_cpu = self.runtime.device.type == "cpu"
+        held = 0 if on_cpu or self.lora is None else store_bytes(self.config, self.base_weights)
+        compute_bytes = self.runtime.compute_dtype.itemsize
+        fragments = 0 if self._has_large_tensors else FRAGMENT_BYTES
+        return Workload(
+            config=self.config,
+            pack_tokens=tokens,
+            labels=labels,
+            rank=self.lora.r if self.lora else None,
+            targets=tuple(t.rpartition(".")[2] for t in self.lora.target_modules)
+            if self.lora
+            else (),
+            compute_bytes=compute_bytes,
+            kept_bytes=2 if training.keep_activations == "bf16" else None,
+            runtime_bytes=RUNTIME_BYTES + (anon_bytes() + fragments if on_cpu else 0),
+            weight_bytes=held,
+            optimizer_bytes=optimizer_bytes_per_parameter(training.optimizer),
+            keeps_attention=on_cpu,
+            accumulates=training.gradient_accumulation_steps > 1,
+        )
+
+    @property
+    def _has_large_tensors(self) -> bool:
+        """Whether the widest activation is large enough to be worth memory of its own."""
+        numbers = self.loader.largest_pack[0] * self.config.intermediate_size
+        return numbers * self.runtime.compute_dtype.itemsize >= LARGE_TENSOR_BYTES
+
+    def load_model(self) -> LlamaForCausalLM:
+        """The base model with a fresh adapter, on its device."""
+        if self.runtime.device.type == "cpu" and self._has_large_tensors:
+            return_freed_memory()  # else the peak would exceed the budget
+        model = self._load(self.model_folder, frozen=self.lora is not None)
+        if self.lora is not None:
+            inject(model, self.lora)
+        model.model.memory = Memory(
+            [frozenset(names) for names in self.schedule.keep],
+            self.schedule.mlp_tile_tokens,
+            torch.bfloat16 if self.recipe.training.keep_activations == "bf16" else None,
+        )
+        return model
+
+    def load_frozen(self, folder: Path | None = None) -> LlamaForCausalLM:
+        """A model without adapter that is only used: the base, or that of another folder."""
+        return self._load(folder or self.model_folder, frozen=True).eval()
+
+    def _load(self, folder: Path, *, frozen: bool) -> LlamaForCausalLM:
+        return load_causal_lm(
+            folder,
+            base_weights=self.base_weights if frozen else None,
+            compute_dtype=self.runtime.compute_dtype,
+            device=self.runtime.device,
+        )
+
+    def prepare_weights(self, say: Callable[[str], None]) -> None:
+        """Make the store of the frozen weights, where there is none yet."""
+        if self.lora is None:
+            return
+        folder, codec = self.model_folder, self.base_weights
+        if own_codec(folder) is None and not cached_store(folder, codec).exists():
+            say(f"converting the weights to {codec}, once")
+        open_store(folder, codec)
+
+    def plan(self) -> Plan:
+        """Memory, time and decisions; measures the matmul rate for half a second."""
+        training, packs = self.recipe.training, self.loader.packs_per_epoch
+        _, tokens, labels = self.loader.epoch_tokens
+        packs_per_step = self.loader.total_packs / self.loader.total_steps
+        return make_plan(
+            self.workload,
+            self.schedule,
+            steps=self.loader.total_steps,
+            mean_step_tokens=tokens / packs * packs_per_step,
+            mean_step_labels=labels / packs * packs_per_step,
+            packs_per_epoch=packs,
+            flops_per_second=matmul_flops_per_second(
+                self.runtime.device,
+                self.runtime.compute_dtype,
+                (training.micro_batch_tokens, self.config.hidden_size, self.config.hidden_size),
+            ),
+            budget_bytes=self.budget_bytes,
+            decisions=self.decisions(),
+        )
+
+    def decisions(self) -> dict[str, str]:
+        """What was chosen, and why: printed once at the start and saved."""
+        runtime = self.runtime
+        threads = f"{runtime.threads} threads" if runtime.device.type == "cpu" else ""
+        trained = trained_parameter_count(self.workload)
+        method = f"LoRA r {self.lora.r}" if self.lora else "full fine-tuning"
+        share = self.schedule.recomputed_share
+        given, computed, _ = self.loader.epoch_tokens
+        recompute = (
+            "nothing is recomputed: the activations fit the budget"
+            if share == 0
+            else f"{share:.0%} of the forward pass's products are done again to fit the budget"
+        )
+        return {
+            "model": f"{self.recipe.model}, {parameter_count(self.config) / 1e6:.1f}M parameters",
+            "device": " ".join([str(runtime.device), threads]).strip(),
+            "compute": f"{runtime.compute_dtype_name}: {runtime.reason}",
+            "weights": f"frozen weights held in {self.base_weights}: {self._base_weights[1]}"
+            if self.lora
+            else "every weight is trained in fp32",
+            "trained": f"{method}, {trained / 1e6:.2f}M parameters",
+            "recompute": recompute,
+            "prefixes": f"{given - computed:,} of {given:,} tokens an epoch are spared, "
+            f"{1 - computed / given:.0%}: what documents of a pack begin with in common"
+            if self.shares_prefixes
+            else "computed for each document: adapter.lora_dropout drops others in each",
+        }

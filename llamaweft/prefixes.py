@@ -1,0 +1,105 @@
+"""Documents that begin alike, as a tree: which run of tokens belongs to which of them.
+
+Each run of tokens stands once in the tree, however many documents begin with it. A document is the
+path from a root to its last run. Beginnings are shared in whole blocks of 8 tokens: what two
+documents share then depends on no third one, and nothing is cut up for a word in common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+BLOCK_TOKENS = 8
+"""A shared run saves its tokens once for each further document, and costs each of them one more
+range of keys in attention."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Tokens [start, stop) of `document` and of every other document below; parent: the run before
+    it, an earlier one in the tree, or -1."""
+
+    start: int
+    stop: int
+    parent: int
+    document: int
+
+    @property
+    def tokens(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class PrefixTree:
+    """runs: depth first, so that what is below a run follows it. last: the run that each document
+    ends with."""
+
+    runs: list[Run]
+    last: list[int]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are computed once each."""
+        return sum(run.tokens for run in self.runs)
+
+    def path(self, document: int) -> list[int]:
+        """The runs of a document, the first one first."""
+        found, run = [], self.last[document]
+        while run >= 0:
+            found.append(run)
+            run = self.runs[run].parent
+        return found[::-1]
+
+
+def unshared(lengths: Iterable[int]) -> PrefixTree:
+    """Each document a run of its own."""
+    runs = [Run(0, int(n), -1, i) for i, n in enumerate(lengths)]
+    return PrefixTree(runs, list(range(len(runs))))
+
+
+def prefix_tree(ids: Sequence[np.ndarray]) -> PrefixTree:
+    """The tree of documents given as token ids; any number of levels.
+
+    In sorted order, documents that begin alike are neighbours, and what a range of neighbours has
+    in common is the least that two of them do.
+    """
+    order = sorted(range(len(ids)), key=lambda i: ids[i].astype(">u4").tobytes())
+    common = np.zeros(len(order) + 1, np.int64)
+    for place, (a, b) in enumerate(pairwise(order), start=1):
+        common[place] = _common_tokens(ids[a], ids[b])
+    runs: list[Run] = []
+    last = [0] * len(order)
+    todo = [(low, high, 0, -1) for low, high in _alike(common, 0, len(order), 0)][::-1]
+    while todo:
+        low, high, start, parent = todo.pop()
+        alone = high - low == 1
+        stop = len(ids[order[low]]) if alone else int(common[low + 1 : high].min())
+        runs.append(Run(start, stop, parent, order[low]))
+        while low < high and len(ids[order[low]]) == stop:  # a document that ends sorts first
+            last[order[low]] = len(runs) - 1
+            low += 1
+        below = [(a, b, stop, len(runs) - 1) for a, b in _alike(common, low, high, stop)]
+        todo += below[::-1]
+    return PrefixTree(runs, last)
+
+
+def _alike(common: np.ndarray, low: int, high: int, start: int) -> Iterator[tuple[int, int]]:
+    """Ranges of neighbours that share more than `start` tokens."""
+    if low == high:
+        return
+    cuts = np.flatnonzero(common[low + 1 : high] <= start) + low + 1
+    yield from pairwise([low, *cuts.tolist(), high])
+
+
+def _common_tokens(a: np.ndarray, b: np.ndarray) -> int:
+    """Tokens at the beginning that are the same, in whole blocks."""
+    count = min(len(a), len(b))
+    differs = a[:count] != b[:count]
+    same = int(differs.argmax()) if differs.any() else count
+    if same == len(a) == len(b):  # one document, twice
+        return same
+    return same - same % BLOCK_TOKENS
