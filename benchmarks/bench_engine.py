@@ -1,6 +1,7 @@
 """The engine and its peers, side by side: real tokens a second, memory, share of sgemm.
 
     python -m benchmarks.bench_engine slice       two layers of Llama 3 8B with its whole head
+    python -m benchmarks.bench_engine prefixes    the same, all rows with one system message
     python -m benchmarks.bench_engine embedded    SmolLM2-135M, as the demo trains it
     python -m benchmarks.bench_engine whole8b     all 32 layers: --peer, --cgroup 4GiB
     python -m benchmarks.bench_engine all
@@ -33,6 +34,9 @@ BUDGETS = ("3GiB", "9GiB")
 LIMITED_BUDGET = "2.5GiB"
 """training.memory_budget of the whole 8B: without a limit, and inside --cgroup."""
 
+SYSTEM_TOKENS = 512
+"""Of the system message that all rows of `prefixes` share."""
+
 
 @dataclass
 class Ring:
@@ -42,14 +46,16 @@ class Ring:
     model: Path
     pack_tokens: int
     base_weights: str
+    chats: Path | None = None
     ratios: dict[str, str] = field(default_factory=dict)
     contenders: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         work: Path = self.options.work
-        chats = self.options.data or data.write_chats(work / "chats.jsonl")
+        chats = self.chats or self.options.data or data.write_chats(work / "chats.jsonl")
+        folder = work / f"{self.model.name}-{chats.stem}"
         self.chats, self.tokens = data.write_pieces(
-            chats, load_tokenizer(self.model), self.pack_tokens, work / self.model.name
+            chats, load_tokenizer(self.model), self.pack_tokens, folder
         )
         self.rows = data.describe(self.tokens)
         self.logs = work / "logs"
@@ -131,7 +137,8 @@ def against_tuned(
     with ring.fight(ring.ours(ring.options.memory_budget)) as rounds:
         for best in bests:
             rounds(best, ring.options.rounds)
-        rounds(ring.peer(peer_choice.DEFAULTS), max(1, ring.options.rounds // 2))
+        if not ring.options.skip_defaults:
+            rounds(ring.peer(peer_choice.DEFAULTS), max(1, ring.options.rounds // 2))
     yield ring.case(title, peer_settings_tried=tried)
 
 
@@ -144,6 +151,17 @@ def bench_slice(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     with short.fight(short.ours(options.memory_budget)) as rounds:
         rounds(short.peer(peer_choice.WHOLE[0][0]), options.rounds)
     yield short.case(title)
+
+
+def bench_prefixes(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    model = models.llama3_folder(options.work, layers=2)
+    chats = data.write_prefixed_chats(
+        options.work / "prefixed.jsonl", load_tokenizer(model), SYSTEM_TOKENS
+    )
+    ring = Ring(options, model, 2048, options.base_weights or "nf4", chats)
+    with ring.fight(ring.ours(options.memory_budget)) as rounds:
+        rounds(ring.peer(peer_choice.PACKED[0]), options.rounds)
+    yield ring.case("Llama 3 8B, two layers and head, one system message for all")
 
 
 def bench_embedded(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -193,7 +211,12 @@ def limited(ring: Ring, options: argparse.Namespace) -> None:
     ring.ratios["limited to unlimited"] = f"{tight / free:.0%} of its speed, {peak:.2f} GiB in all"
 
 
-CASES = {"slice": bench_slice, "embedded": bench_embedded, "whole8b": bench_whole8b}
+CASES = {
+    "slice": bench_slice,
+    "prefixes": bench_prefixes,
+    "embedded": bench_embedded,
+    "whole8b": bench_whole8b,
+}
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -207,6 +230,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--memory-budget", help="ours, for slice and embedded")
     parser.add_argument(
         "--settled", action="store_true", help="do not tune the peer: take packs, one at a time"
+    )
+    parser.add_argument(
+        "--skip-defaults", action="store_true", help="leave out the peer's defaults, which are slow"
     )
     parser.add_argument("--peer", action="store_true", help="whole8b: against the best NF4 peer")
     parser.add_argument("--cgroup", type=_size, help="whole8b: a hard limit too, e.g. 4GiB")

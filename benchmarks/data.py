@@ -45,17 +45,27 @@ def write_chats(path: Path, seed: int = 0) -> Path:
     return _write_lines(path, chats)
 
 
+def write_prefixed_chats(path: Path, tokenizer: Any, system_tokens: int, seed: int = 0) -> Path:
+    """Write chats that share one system message, of about `system_tokens` tokens, each with one
+    question and its answer of about 100 tokens (60 to 140) of their own."""
+    draw = random.Random(seed)
+    rows = [{"q": r["q"], "a": r["a"]} for r in _faq_rows()]
+    draw.shuffle(rows)
+    known = tokenizer(" ".join(row["a"] for row in rows[:40]), add_special_tokens=False)
+    system = tokenizer.decode(known["input_ids"][:system_tokens])
+    opening = {"role": "system", "content": system}
+    chats = []
+    for row in rows[40:]:
+        chat = _chat([(row["q"], row["a"])])
+        if 60 <= len(tokenizer(row["q"] + row["a"])["input_ids"]) <= 140:
+            chats.append({"messages": [opening, *chat["messages"]]})
+    return _write_lines(path, chats)
+
+
 def _faq_chats(draw: random.Random) -> Iterator[Chat]:
     """Chats without end: each pass over the topics asks every question once, in a new order."""
-    try:
-        from zaragoza_construction_faq import load
-    except ImportError:
-        raise UserError(
-            "zaragoza-construction-faq is not installed; run `pip install -e '.[bench]'`, "
-            "or give a file of chats with --data"
-        ) from None
     topics: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for row in load(lang="en"):
+    for row in _faq_rows():
         topics[row["category"]].append((row["q"], row["a"]))
     while True:
         for pairs in draw.sample(sorted(topics.values()), len(topics)):
@@ -64,6 +74,18 @@ def _faq_chats(draw: random.Random) -> Iterator[Chat]:
                 count = draw.randint(1, MOST_QUESTIONS)
                 yield _chat(left[:count])
                 left = left[count:]
+
+
+def _faq_rows() -> list[dict[str, str]]:
+    """Raises UserError when zaragoza-construction-faq is not installed."""
+    try:
+        from zaragoza_construction_faq import load
+    except ImportError:
+        raise UserError(
+            "zaragoza-construction-faq is not installed; run `pip install -e '.[bench]'`, "
+            "or give a file of chats with --data"
+        ) from None
+    return list(load(lang="en"))
 
 
 def _chat(pairs: list[tuple[str, str]]) -> Chat:

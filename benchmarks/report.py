@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.contender import ROOT, Contender
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "numba", "numpy")
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "xllamacpp", "numba", "numpy")
 GIB = 2**30
 
 
@@ -87,19 +87,24 @@ def table(case: dict[str, Any]) -> str:
 
 def write(results: Path, name: str, cases: list[dict[str, Any]]) -> Path:
     """Write NAME-DATE.json and .md into `results`; returns the Markdown's path."""
+    text = "\n\n".join(f"```\n{table(case)}\n```" for case in cases)
+    return write_page(results, name, f"Memory in GiB.\n\n{text}", {"cases": cases})
+
+
+def write_page(results: Path, name: str, text: str, figures: dict[str, Any]) -> Path:
+    """Write NAME-DATE.json (all figures) and .md (the text), with where they are from."""
     results.mkdir(parents=True, exist_ok=True)
     now = datetime.now(UTC)
     target = results / f"{name}-{now:%Y-%m-%d}"
-    content = {"date": now.isoformat(timespec="seconds"), **provenance(), "cases": cases}
-    target.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    facts = "\n".join(
-        f"- {key}: {_inline(value)}" for key, value in content.items() if key != "cases"
+    source = {"date": now.isoformat(timespec="seconds"), **provenance()}
+    target.with_suffix(".json").write_text(
+        json.dumps(source | figures, indent=1) + "\n", encoding="utf-8"
     )
-    tables = "\n\n".join(f"```\n{table(case)}\n```" for case in cases)
+    facts = "\n".join(f"- {key}: {_inline(value)}" for key, value in source.items())
     page = target.with_suffix(".md")
     page.write_text(
-        f"# {name}, {now:%Y-%m-%d}\n\n{facts}\n\nMemory in GiB. How to read this: "
-        f"[../README.md](../README.md).\n\n{tables}\n",
+        f"# {name}, {now:%Y-%m-%d}\n\n{facts}\n\nHow to read this: "
+        f"[../README.md](../README.md). {text}\n",
         encoding="utf-8",
     )
     return page
@@ -114,12 +119,16 @@ def _inline(value: Any) -> str:
 def provenance() -> dict[str, Any]:
     """Device, versions, commit and command."""
     return {
-        "command": shlex.join(["python", "-m", "benchmarks.bench_engine", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{_program()}", *sys.argv[1:]]),
         "commit": _commit(),
         "device": _device(),
         "versions": {"python": platform.python_version()}
         | {name: _version(name) for name in PACKAGES},
     }
+
+
+def _program() -> str:
+    return Path(sys.argv[0]).stem
 
 
 def _commit() -> str:

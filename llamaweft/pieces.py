@@ -1,8 +1,9 @@
-"""The pieces that a recipe names, and the plan made of them."""
+"""The pieces that a recipe names, each built when it is first asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,8 @@ from llamaweft.model.pack import Pack
 from llamaweft.model.presets import LlamaConfig, parameter_count
 from llamaweft.model.stores import cached_store, open_store, own_codec, store_bytes
 from llamaweft.model.tokenizer import load_tokenizer
-from llamaweft.plan.hardware import available_bytes, matmul_flops_per_second
+from llamaweft.plan.hardware import available_bytes
 from llamaweft.plan.memory import Schedule, Workload, solve, trained_parameter_count
-from llamaweft.plan.plan import Plan, make_plan
 from llamaweft.recipe import Recipe
 from llamaweft.runtime import Runtime, anon_bytes, choose_runtime, return_freed_memory
 from llamaweft.train.optim import optimizer_bytes_per_parameter
@@ -35,6 +35,9 @@ LARGE_TENSOR_BYTES = 8 * 2**20
 
 FRAGMENT_BYTES = 96 * 2**20
 """What the C library holds on to otherwise. docs/plan.md has what was measured."""
+
+LEAST_CACHE_BYTES = 32 * 2**20
+"""Keys and values of answers take so much, whatever the budget says."""
 
 
 class Pieces:
@@ -140,6 +143,14 @@ class Pieces:
         """Memory that the run may take."""
         return self.recipe.training.memory_budget or self.free_bytes
 
+    def cache_bytes(self) -> int:
+        """What keys and values of answers may take now: half of what the budget leaves beside what
+        the process holds, or a quarter of what is free."""
+        budget = self.recipe.training.memory_budget
+        if budget is None or self.runtime.device.type != "cpu":
+            return available_bytes(self.runtime.device) // 4
+        return max(LEAST_CACHE_BYTES, (budget - anon_bytes()) // 2)
+
     @cached_property
     def free_bytes(self) -> int:
         return available_bytes(self.runtime.device)
@@ -184,6 +195,7 @@ class Pieces:
         model.model.memory = Memory(
             [frozenset(names) for names in self.schedule.keep],
             self.schedule.mlp_tile_tokens,
+            self.schedule.loss_tile_labels,
             torch.bfloat16 if self.recipe.training.keep_activations == "bf16" else None,
         )
         return model
@@ -209,31 +221,23 @@ class Pieces:
             say(f"converting the weights to {codec}, once")
         open_store(folder, codec)
 
-    def plan(self) -> Plan:
-        """Memory, time and decisions; measures the matmul rate for half a second."""
-        training, packs = self.recipe.training, self.loader.packs_per_epoch
-        _, tokens, labels = self.loader.epoch_tokens
-        packs_per_step = self.loader.total_packs / self.loader.total_steps
-        return make_plan(
-            self.workload,
-            self.schedule,
-            steps=self.loader.total_steps,
-            mean_step_tokens=tokens / packs * packs_per_step,
-            mean_step_labels=labels / packs * packs_per_step,
-            packs_per_epoch=packs,
-            flops_per_second=matmul_flops_per_second(
-                self.runtime.device,
-                self.runtime.compute_dtype,
-                (training.micro_batch_tokens, self.config.hidden_size, self.config.hidden_size),
-            ),
-            budget_bytes=self.budget_bytes,
-            decisions=self.decisions(),
-        )
+    @property
+    def device_name(self) -> str:
+        threads = f"{self.runtime.threads} threads" if self.runtime.device.type == "cpu" else ""
+        return f"{self.runtime.device} {threads}".strip()
+
+    def changed(self, changes: dict[str, str]) -> Pieces:
+        """The pieces of this recipe with some keys changed that the data does not depend on."""
+        other = copy(self)
+        other.recipe = self.recipe.overridden(changes)
+        kept = ("data", "runtime", "model_folder", "config", "tokenizer", "free_bytes")
+        for name in [name for name in other.__dict__ if name not in ("recipe", "planned", *kept)]:
+            del other.__dict__[name]
+        return other
 
     def decisions(self) -> dict[str, str]:
         """What was chosen, and why: printed once at the start and saved."""
         runtime = self.runtime
-        threads = f"{runtime.threads} threads" if runtime.device.type == "cpu" else ""
         trained = trained_parameter_count(self.workload)
         method = f"LoRA r {self.lora.r}" if self.lora else "full fine-tuning"
         share = self.schedule.recomputed_share
@@ -245,7 +249,7 @@ class Pieces:
         )
         return {
             "model": f"{self.recipe.model}, {parameter_count(self.config) / 1e6:.1f}M parameters",
-            "device": " ".join([str(runtime.device), threads]).strip(),
+            "device": self.device_name,
             "compute": f"{runtime.compute_dtype_name}: {runtime.reason}",
             "weights": f"frozen weights held in {self.base_weights}: {self._base_weights[1]}"
             if self.lora

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -30,11 +31,12 @@ from llamaweft.pieces import Pieces
 from llamaweft.plan.flops import training_flops
 from llamaweft.plan.memory import Schedule, trained_parameter_count
 from llamaweft.plan.plan import Plan
+from llamaweft.planning import plan_run
 from llamaweft.recipe import Evaluation, Recipe
 from llamaweft.runtime import environment, seed_everything
 from llamaweft.train.checkpoint import STATE, LoopState, complete_checkpoints
 from llamaweft.train.events import Announcer, Listener, StopRequest
-from llamaweft.train.loop import EARLY_STOPPING, FINISHED, Loop, Settings
+from llamaweft.train.loop import EARLY_STOPPING, FINISHED, OUT_OF_TIME, Loop, Settings
 from llamaweft.train.metrics import MetricsFile, read_metrics
 from llamaweft.train.optim import (
     build_optimizer,
@@ -81,6 +83,7 @@ class Pipeline(Pieces):
             max_rows=measuring.max_rows,
             max_new_tokens=measuring.max_new_tokens,
             micro_batch_tokens=self.recipe.training.micro_batch_tokens,
+            cache_bytes=self.cache_bytes,
         )
 
     def check_data(self) -> None:
@@ -117,6 +120,7 @@ class Pipeline(Pieces):
         out or the run was stopped. Raises UserError for everything that is wrong with recipe,
         data, model or disk, before anything is written.
         """
+        began = time.perf_counter()
         folder = self.run_folder
         folder.check_free(resume)
         check_installed(self.recipe.training.report_to)
@@ -135,14 +139,15 @@ class Pipeline(Pieces):
         try:
             checkpoint = self._open_folder(plan, resume)
             judge = Judge(self, model, progress)
-            loop = self._loop(model, judge, listeners, stop or StopRequest())
+            loop = self._loop(model, judge, listeners, stop or StopRequest(), began)
             if checkpoint is not None:
                 say(f"resuming from {checkpoint.name}")
                 loop.resume(checkpoint)
                 loop.state.schedule = self.schedule.to_dict()
             elif self.evaluator is not None:
                 say("measuring the untouched model")
-                loop.state.before = judge.measured()
+                with loop.timed("validation"):
+                    loop.state.before = judge.measured()
             return self._finish(loop, judge, say)
         finally:
             folder.unlock()
@@ -154,6 +159,10 @@ class Pipeline(Pieces):
             stored = read_json(checkpoint / STATE).get("schedule")
             if stored and stored["peak_bytes"] <= self.budget_bytes:
                 self.schedule = Schedule.from_dict(stored)
+
+    def plan(self) -> Plan:
+        """Memory, time and decisions, before the start."""
+        return plan_run(self)
 
     def _disk_bytes(self) -> int:
         """What checkpoints (weights and two moments each), the result and the logs will need."""
@@ -186,6 +195,7 @@ class Pipeline(Pieces):
         judge: Judge,
         listeners: Sequence[Listener],
         stop: StopRequest,
+        began: float,
     ) -> Loop:
         training, measuring = self.recipe.training, self.recipe.evaluation
         parameters = trained_parameters(model)
@@ -220,7 +230,9 @@ class Pipeline(Pieces):
                 early_stopping_patience=measuring.early_stopping_patience,
                 max_grad_norm=training.max_grad_norm,
                 best_metric=measuring.metrics[0],
+                max_seconds=training.max_seconds,
             ),
+            began=began,
             announce=Announcer([*listeners, *self._trackers()]),
             stop=stop,
             device=self.runtime.device,
@@ -245,7 +257,7 @@ class Pipeline(Pieces):
         finally:
             metrics.close()
         result: dict[str, Any] = {"step": loop.state.step, "reason": reason, "evaluation": None}
-        complete = reason in (FINISHED, EARLY_STOPPING)
+        complete = reason in (FINISHED, EARLY_STOPPING, OUT_OF_TIME)
         if complete and self.evaluator is not None:
             if judge.best is None:  # it was found before a resume
                 say("measuring the best weights")

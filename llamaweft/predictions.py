@@ -70,6 +70,7 @@ def predict(
                 [ids[row] for row in rows],
                 stop_ids(tokenizer),
                 max_new_tokens=max_new_tokens,
+                cache_bytes=subject.pipeline.cache_bytes(),
                 progress=partial(_advance, progress, first, len(prompts)),
             )
             for row, answer in zip(rows, answers, strict=True):

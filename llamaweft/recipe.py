@@ -152,6 +152,9 @@ class Training(Section):
     max_steps: int | None = Field(
         None, ge=1, description="optimizer steps; when set it alone decides the length"
     )
+    max_seconds: float | None = Field(
+        None, gt=0, description="stop in time to be done after so many seconds, with all saved"
+    )
     micro_batch_tokens: int = Field(2048, ge=8, description="tokens computed at once: a pack")
     gradient_accumulation_steps: int = Field(4, ge=1, description="packs in an optimizer step")
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
@@ -291,6 +294,10 @@ class Recipe(Section):
             if ours.get(key) != theirs.get(key) and not key.startswith(_FREE_ON_RESUME)
         ]
 
+    def overridden(self, changes: dict[str, str]) -> Recipe:
+        """The same recipe with some keys changed, as overrides on the command line do."""
+        return Recipe.load_text(self.dump(), overrides=[f"{k}={v}" for k, v in changes.items()])
+
     def dump(self) -> str:
         """The resolved recipe as YAML: every key, local paths made absolute."""
         tree = self.model_dump(mode="json")
@@ -318,6 +325,7 @@ _FREE_ON_RESUME = (
     "training.save_total_limit",
     "training.report_to",
     "training.memory_budget",
+    "training.max_seconds",
 )
 """Keys that a resumed run may change: the steps stay the same."""
 

@@ -25,8 +25,9 @@ ALLOWED = {
     "evaluate": {"generate", "data", "runtime"},
     "export": {"model", "weights", "adapters", "generate", "runtime"},
     "pieces": {"recipe", "runtime", "weights", "model", "adapters", "data", "plan", "train"},
+    "planning": {"pieces", "recipe", "runtime", "weights", "plan"},
     "pipeline": {
-        "pieces", "recipe", "runtime", "weights", "model", "adapters", "data", "plan", "train",
+        "pieces", "planning", "recipe", "runtime", "weights", "model", "adapters", "data", "plan", "train",
         "generate", "evaluate", "export",
     },
     "subject": {

@@ -9,7 +9,7 @@ import typer
 
 from llamaweft.cli.terminal import JsonFlag, counted, out, print_json, say
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
 
 @app.command()

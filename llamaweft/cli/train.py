@@ -107,6 +107,11 @@ def print_result(pipeline: Any, result: dict[str, Any]) -> None:
             "same command and --resume"
         )
         return
+    if result["reason"] == "max_seconds":
+        err.print(
+            f"stopped by training.max_seconds and saved after step {result['step']}; raise it and "
+            "--resume to go on"
+        )
     if result["evaluation"]:
         print_evaluation(result["evaluation"])
     shown = folder.adapter if folder.adapter.exists() else folder.model

@@ -95,6 +95,12 @@ class Loader(Generic[Batch]):
         return given, computed, int(self._labels[shown].sum())
 
     @property
+    def epoch_squares(self) -> int:
+        """Sum of L^2 over the documents of the first epoch, L tokens: attention's work."""
+        shown = [index for pack in self._epoch(0) for index in pack.documents]
+        return int((self._lengths[shown].astype(np.int64) ** 2).sum())
+
+    @property
     def largest_pack(self) -> tuple[int, int]:
         """(tokens, labels) that no pack exceeds; labels are those of the first epoch's packs and
         a tenth more, since other epochs are packed otherwise."""

@@ -37,6 +37,7 @@ class Evaluator:
     loss_parts: model and documents -> for each document, (summed loss in nats, trained weight).
     max_rows: rows that answers are generated for, the first ones.
     micro_batch_tokens: tokens computed at once for the loss.
+    cache_bytes: tells, when answers are generated, how much their keys and values may take.
     """
 
     metrics: Sequence[str]
@@ -47,6 +48,7 @@ class Evaluator:
     max_rows: int
     max_new_tokens: int
     micro_batch_tokens: int
+    cache_bytes: Callable[[], int]
 
     def check(self) -> None:
         """Raises UserError when there is no row to measure a metric on."""
@@ -95,6 +97,7 @@ class Evaluator:
             prompts,
             stop_ids(self.tokenizer),
             max_new_tokens=self.max_new_tokens,
+            cache_bytes=self.cache_bytes(),
             progress=None if progress is None else lambda done: progress(done, len(chats)),
         )
         texts = [self.tokenizer.decode(found.ids, skip_special_tokens=True) for found in generated]

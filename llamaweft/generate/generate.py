@@ -19,7 +19,11 @@ from llamaweft.model.llama import LlamaForCausalLM
 from llamaweft.model.pack import Pack
 
 CACHE_BYTES = 256 * 2**20
-"""Keys and values that a batch may hold; it decides how many sequences are answered together."""
+"""Keys and values that a batch may hold, where nobody says; it decides how many sequences are
+answered together."""
+
+PREFILL_TOKENS = 2048
+"""Tokens of prompts that are read at once; more make no product faster."""
 
 LARGEST_BATCH = 128
 
@@ -49,9 +53,12 @@ class Session:
         self.cache = KVCache(model.config, batch, room, dtype, model.device)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """logits_BV after each prompt. Nothing is padded: the prompts are one pack."""
+        """logits_BV after each prompt. Nothing is padded: prompts are packs."""
+        return torch.cat([self._prefill(first, group) for first, group in _groups(prompts)])
+
+    def _prefill(self, first: int, prompts: Sequence[Sequence[int]]) -> Tensor:
         pack = Pack.from_documents([_Prompt(ids) for ids in prompts]).to(self.model.device)
-        attend = Prefill(self.cache, pack)
+        attend = Prefill(self.cache, pack, first)
         hidden_TE = self.model.model(pack.ids_T, pack.positions_T + attend.before, attend)
         attend.finish()
         last_B = torch.tensor(pack.lengths, device=self.model.device).cumsum(0) - 1
@@ -65,6 +72,17 @@ class Session:
         return self.model.lm_head(hidden_BE)
 
 
+def _groups(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:
+    """(place of the first, prompts) of at most PREFILL_TOKENS, or of one prompt."""
+    first = tokens = 0
+    for place, prompt in enumerate(prompts):
+        if place > first and tokens + len(prompt) > PREFILL_TOKENS:
+            yield first, prompts[first:place]
+            first, tokens = place, 0
+        tokens += len(prompt)
+    yield first, prompts[first:]
+
+
 @torch.inference_mode()
 def generate_batch(
     model: LlamaForCausalLM,
@@ -72,13 +90,14 @@ def generate_batch(
     stop_ids: set[int],
     *,
     max_new_tokens: int,
+    cache_bytes: int = CACHE_BYTES,
     progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
     """The greedy answer to each prompt, in the given order.
 
     Prompts of like length share a batch; a finished sequence leaves it. An answer has
-    `max_new_tokens` at most, and ends where the model's context does. `progress` is called with the
-    number of finished prompts.
+    `max_new_tokens` at most, and ends where the model's context does. cache_bytes: of keys and
+    values held at once. progress: called with the number of finished prompts.
     """
     context = model.config.max_position_embeddings
     most = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
@@ -86,7 +105,8 @@ def generate_batch(
     finish = ["length"] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     finished = 0
-    for rows in _batches(model, order, [len(prompts[i]) + most[i] for i in order]):
+    rooms = [len(prompts[i]) + most[i] for i in order]
+    for rows in _batches(model, order, rooms, cache_bytes):
         finished += len(rows)
         session = Session(model, len(rows), max(len(prompts[i]) + most[i] for i in rows))
         logits_BV = session.prefill([prompts[i] for i in rows])
@@ -112,15 +132,17 @@ def generate_batch(
     return [Answer(ids, end) for ids, end in zip(answers, finish, strict=True)]
 
 
-def _batches(model: LlamaForCausalLM, order: list[int], rooms: list[int]) -> list[list[int]]:
-    """Cut `order`, sorted by room, into batches whose caches hold at most CACHE_BYTES."""
+def _batches(
+    model: LlamaForCausalLM, order: list[int], rooms: list[int], cache_bytes: int
+) -> list[list[int]]:
+    """Cut `order`, sorted by room, into batches whose caches hold at most cache_bytes."""
     config = model.config
     heads = config.num_hidden_layers * config.num_key_value_heads
     position_bytes = 2 * heads * config.head_dim * model.model.compute_dtype.itemsize
     batches: list[list[int]] = []
     for row, room in zip(order, rooms, strict=True):
         batch = batches[-1] if batches else []
-        full = (len(batch) + 1) * room * position_bytes > CACHE_BYTES
+        full = (len(batch) + 1) * room * position_bytes > cache_bytes
         if not batch or full or len(batch) == LARGEST_BATCH:
             batches.append([row])
         else:

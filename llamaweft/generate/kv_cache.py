@@ -45,18 +45,19 @@ class KVCache:
 class Prefill:
     """Attention of new tokens to themselves and to what the cache holds, kept in the cache.
 
-    Segment b of the pack continues row b. With an empty cache this is the pack's own attention;
-    a filled cache (the next turn of a chat) is for a single row.
+    Segment b of the pack continues row first + b. With empty rows this is the pack's own attention;
+    a filled one (the next turn of a chat) comes alone.
     """
 
-    def __init__(self, cache: KVCache, pack: Pack) -> None:
+    def __init__(self, cache: KVCache, pack: Pack, first: int = 0) -> None:
         self.cache, self.lengths = cache, pack.lengths
+        self.rows = slice(first, first + len(self.lengths))
         self.fresh = PackAttention(pack)
-        self.before = int(cache.used_B.max())
+        self.before = int(cache.used_B[self.rows].max())
         assert self.before == 0 or len(self.lengths) == 1
 
     def __call__(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys, values = (held[layer][self.rows] for held in (self.cache.keys, self.cache.values))
         rows = zip(k_TKD.split(self.lengths), v_TKD.split(self.lengths), strict=True)
         for row, (k_LKD, v_LKD) in enumerate(rows):
             place = slice(self.before, self.before + len(k_LKD))
@@ -76,7 +77,8 @@ class Prefill:
         return o_HLD[0].transpose(0, 1)
 
     def finish(self) -> None:
-        self.cache.used_B += torch.tensor(self.lengths, device=self.cache.used_B.device)
+        fresh_B = torch.tensor(self.lengths, device=self.cache.used_B.device)
+        self.cache.used_B[self.rows] += fresh_B
 
 
 class Decode:

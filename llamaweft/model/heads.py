@@ -16,10 +16,9 @@ from llamaweft.model.pack import Pack
 from llamaweft.weights.frozen import FrozenWeight, tile_size
 from llamaweft.weights.linear import Linear
 
-TILE_BYTES = 160 * 2**20
-TILE_LABELS = 384
-"""Size of one tile of fp32 logits, in bytes and in labels, whichever is less: the larger, the
-seldomer a frozen head is decoded, until the products gain no more."""
+TILE_LABELS = 256
+"""Labels of one tile of fp32 logits, where the Schedule does not say. The more, the faster the
+products (docs/log.md)."""
 
 VOCABULARY_TILE = 16384
 """Rows of the head that are multiplied at once on a GPU."""
@@ -30,14 +29,22 @@ Weight = nn.Parameter | FrozenWeight
 class CausalLMHead(Linear):
     """Next-token logits, and their cross-entropy on labelled positions only."""
 
-    def loss(self, hidden_NE: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, hidden_NE: Tensor, pack: Pack, tile_labels: int = TILE_LABELS
+    ) -> tuple[Tensor, Tensor]:
         """sum_n weight_n * -log softmax(h_n W^T)[target_n], and sum_n weight_n, in fp32.
 
         hidden_NE: the hidden state of each label, in the order of the pack's labels.
+        tile_labels: labels whose logits are held at once.
         """
         trained = self.weight if isinstance(self.weight, nn.Parameter) else None
         total = _TiledCrossEntropy.apply(
-            hidden_NE, trained, self.weight, pack.label_target_N, pack.label_weight_N
+            hidden_NE,
+            trained,
+            self.weight,
+            pack.label_target_N,
+            pack.label_weight_N,
+            tile_labels,
         )
         return total, pack.label_weight_N.sum()
 
@@ -47,14 +54,13 @@ class CausalLMHead(Linear):
         targets = pack.label_target_N
         found = [
             _softmax(hidden_NE[rows], self.weight, targets[rows])[1]
-            for rows in _label_tiles(len(targets), self.weight.shape[0])
+            for rows in _label_tiles(len(targets), TILE_LABELS)
         ]
         return torch.cat(found) if found else hidden_NE.new_zeros(0, dtype=torch.float32)
 
 
-def _label_tiles(labels: int, vocabulary: int) -> list[slice]:
+def _label_tiles(labels: int, most: int) -> list[slice]:
     """The labels in tiles of like size."""
-    most = max(1, min(TILE_LABELS, TILE_BYTES // (4 * vocabulary)))
     count = -(-labels // most)
     edges = [labels * i // max(count, 1) for i in range(count + 1)]
     return [slice(a, b) for a, b in pairwise(edges)]
@@ -64,7 +70,7 @@ def _vocabulary_tiles(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[slic
     """(rows, w_rows in `dtype`), valid until the next one."""
     vocabulary = weight.shape[0]
     on_cpu = weight.device.type == "cpu"
-    size = tile_size(weight.shape[1], dtype) if on_cpu else VOCABULARY_TILE
+    size = 2 * tile_size(weight.shape[1], dtype) if on_cpu else VOCABULARY_TILE
     tiles = [slice(a, min(a + size, vocabulary)) for a in range(0, vocabulary, size)]
     if isinstance(weight, FrozenWeight) and on_cpu:
         for rows in tiles:
@@ -113,12 +119,13 @@ class _TiledCrossEntropy(torch.autograd.Function):
         weight: Weight,
         target_N: Tensor,
         weight_N: Tensor,
+        tile_labels: int,
     ) -> Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_NE = torch.empty_like(hidden_NE) if wants_hidden else None
         grad_VE = torch.zeros_like(weight) if wants_weight else None  # type: ignore[arg-type]
         total = torch.zeros((), dtype=torch.float32, device=hidden_NE.device)
-        for rows in _label_tiles(len(target_N), weight.shape[0]):
+        for rows in _label_tiles(len(target_N), tile_labels):
             softmax_VC, loss_C = _softmax(hidden_NE[rows], weight, target_N[rows])
             total += (loss_C * weight_N[rows]).sum()
             if grad_NE is None and grad_VE is None:
@@ -140,6 +147,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
         return (
             None if grad_NE is None else grad_NE * scale.to(grad_NE.dtype),
             None if grad_VE is None else grad_VE * scale,
+            None,
             None,
             None,
             None,

@@ -123,11 +123,13 @@ class Memory:
     """What training keeps of each layer's forward pass: the resolved Schedule.
 
     keep: for each layer, names of replay.KEEPABLE. mlp_tile_tokens: rows of an MLP computed at
-    once. keep_dtype: what kept outputs are held in; None: the compute dtype.
+    once. loss_tile_labels: labels whose logits are held at once. keep_dtype: what kept outputs are
+    held in; None: the compute dtype.
     """
 
     keep: list[frozenset[str]]
     mlp_tile_tokens: int = 1024
+    loss_tile_labels: int = 256
     keep_dtype: torch.dtype | None = None
 
     @classmethod
@@ -251,7 +253,7 @@ class LlamaForCausalLM(nn.Module):
         their weights. Divide once, over the global batch."""
         rows_R, place_N = pack.label_position_N.unique(return_inverse=True)
         hidden_NE = self.model.train_forward(pack, rows_R)[place_N]
-        return self.lm_head.loss(hidden_NE, pack)
+        return self.lm_head.loss(hidden_NE, pack, self.model.memory.loss_tile_labels)
 
     @torch.no_grad()
     def sequence_losses(self, pack: Pack) -> list[tuple[float, float]]:

@@ -1,4 +1,4 @@
-"""What the machine can do, measured: memory that is free, and its matmul rate."""
+"""What the machine can do, measured: free memory, its matmul rate, its elementwise traffic."""
 
 from __future__ import annotations
 
@@ -42,4 +42,18 @@ def matmul_flops_per_second(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         rates.append(4 * 2.0 * m * k * n / (time.perf_counter() - began))
+    return sorted(rates)[len(rates) // 2]
+
+
+def traffic_bytes_per_second(device: torch.device, numbers: int, seconds: float = 0.3) -> float:
+    """Bytes read and written by elementwise work on fp32 tensors of so many numbers."""
+    a, b = torch.randn(numbers, device=device), torch.randn(numbers, device=device)
+    rates: list[float] = []
+    end = time.perf_counter() + seconds
+    while not rates or time.perf_counter() < end:
+        began = time.perf_counter()
+        torch.mul(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        rates.append(3 * a.nbytes / (time.perf_counter() - began))
     return sorted(rates)[len(rates) // 2]

@@ -18,8 +18,10 @@ MLP_TILE_TOKENS = 1024
 """Rows of an MLP that are computed at once. More rows make no product faster, and a long pack
 would need memory for all of them."""
 
-LOGIT_BYTES, LOGIT_LABELS = 160 * 2**20, 384
-"""The tile of logits that the loss works on: in bytes and in labels, whichever is less."""
+LOGIT_BYTES = 160 * 2**20
+LEAST_LABELS, MOST_LABELS = 384, 1024
+"""Labels whose logits are held at once: few, and no more than have so many bytes, where memory is
+short; many where everything is kept. Products gain from more up to there."""
 
 ATTENTION_BLOCK_BYTES = 96 * 2**20
 """Scores of the blocks that attention's backward pass works on."""
@@ -91,12 +93,14 @@ class Workload:
 class Schedule:
     """What is kept for the backward pass, with the bytes by part.
 
-    keep: for each layer, names of KEEPABLE. recomputed_share: multiplications of the base that are
+    keep: for each layer, names of KEEPABLE. mlp_tile_tokens, loss_tile_labels: rows of an MLP, and
+    labels, that are computed at once. recomputed_share: multiplications of the base that are
     done again, as a share of those of one forward pass.
     """
 
     keep: tuple[tuple[str, ...], ...]
     mlp_tile_tokens: int
+    loss_tile_labels: int
     recomputed_share: float
     parts: dict[str, int]
 
@@ -111,7 +115,8 @@ class Schedule:
     def from_dict(cls, content: dict[str, Any]) -> Schedule:
         """What `to_dict` gave, read back from JSON."""
         keep = tuple(tuple(names) for names in content["keep"])
-        return cls(keep, content["mlp_tile_tokens"], content["recomputed_share"], content["parts"])
+        names = ("mlp_tile_tokens", "loss_tile_labels", "recomputed_share", "parts")
+        return cls(keep, *(content[name] for name in names))
 
 
 def solve(work: Workload, budget_bytes: int | None) -> Schedule:
@@ -123,8 +128,12 @@ def solve(work: Workload, budget_bytes: int | None) -> Schedule:
     """
     layers = work.config.num_hidden_layers
     least = schedule(work, [()] * layers)
-    full = schedule(work, [work.keepable] * layers)
-    if budget_bytes is None or full.peak_bytes <= budget_bytes:
+    all_kept = [work.keepable] * layers
+    fastest = schedule(work, all_kept, MOST_LABELS)
+    if budget_bytes is None or fastest.peak_bytes <= budget_bytes:
+        return fastest
+    full = schedule(work, all_kept)
+    if full.peak_bytes <= budget_bytes:
         return full
     if least.peak_bytes > budget_bytes:
         raise UserError(
@@ -143,8 +152,13 @@ def solve(work: Workload, budget_bytes: int | None) -> Schedule:
     return schedule(work, keep)
 
 
-def schedule(work: Workload, keep: list[tuple[str, ...]]) -> Schedule:
-    """The bytes by part when each layer keeps what `keep` says."""
+def schedule(
+    work: Workload, keep: list[tuple[str, ...]], loss_tile_labels: int | None = None
+) -> Schedule:
+    """The bytes by part when each layer keeps what `keep` says; loss_tile_labels: None for few."""
+    if loss_tile_labels is None:
+        most = LOGIT_BYTES // (4 * work.config.vocab_size)
+        loss_tile_labels = max(1, min(LEAST_LABELS, most))
     trained = trained_parameter_count(work)
     layers = work.config.num_hidden_layers
     inputs = layers * work.pack_tokens * work.config.hidden_size * work.compute_bytes
@@ -156,11 +170,11 @@ def schedule(work: Workload, keep: list[tuple[str, ...]]) -> Schedule:
         "gradients": _gradient_bytes(work, inputs + kept),
         "optimizer": round(work.optimizer_bytes * trained),
         "activations": inputs + kept,
-        "workspace": workspace_bytes(work, keep),
+        "workspace": workspace_bytes(work, keep, loss_tile_labels),
     }
     again = sum(recomputed_multiplications(work, names, i) for i, names in enumerate(keep))
     once = sum(layer_multiplications(work, i) for i in range(layers))
-    return Schedule(tuple(keep), MLP_TILE_TOKENS, again / once, parts)
+    return Schedule(tuple(keep), MLP_TILE_TOKENS, loss_tile_labels, again / once, parts)
 
 
 def _gradient_bytes(work: Workload, activations: int) -> int:
@@ -178,9 +192,9 @@ def trained_parameter_count(work: Workload) -> int:
 def adapter_parameters(work: Workload) -> int:
     """Numbers in lora_A and lora_B of every adapted layer."""
     assert work.rank is not None
-    sizes = _sizes(work.config)
+    size = sizes(work.config)
     per_layer = sum(
-        sizes[source] + sizes[target]
+        size[source] + size[target]
         for name, (source, target) in LINEARS.items()
         if name in work.targets
     )
@@ -189,7 +203,7 @@ def adapter_parameters(work: Workload) -> int:
 
 def kept_bytes(work: Workload, name: str, layer: int) -> int:
     """Bytes of one kept output."""
-    width = _sizes(work.config)[KEEPABLE[name][1]]
+    width = sizes(work.config)[KEEPABLE[name][1]]
     normaliser = 4 * work.config.num_attention_heads if name == "attention" else 0
     held = work.compute_bytes
     if work.kept_bytes is not None and name not in ("mid", "attention"):
@@ -205,28 +219,28 @@ def _rows(work: Workload, name: str, layer: int) -> int:
 
 def layer_multiplications(work: Workload, layer: int) -> int:
     """Multiplications of the base's products in one forward pass of a layer."""
-    sizes = _sizes(work.config)
-    return sum(_rows(work, n, layer) * sizes[a] * sizes[b] for n, (a, b) in LINEARS.items())
+    size = sizes(work.config)
+    return sum(_rows(work, n, layer) * size[a] * size[b] for n, (a, b) in LINEARS.items())
 
 
 def recomputed_multiplications(work: Workload, kept: tuple[str, ...], layer: int) -> int:
     """Those that the backward pass does again. The last product of each segment never is, unless
     the hidden state between the segments was not kept."""
-    sizes = _sizes(work.config)
+    size = sizes(work.config)
     spared = {KEEPABLE[name][0] for name in kept} | {"down_proj"}
     return sum(
-        _rows(work, n, layer) * sizes[a] * sizes[b]
+        _rows(work, n, layer) * size[a] * size[b]
         for n, (a, b) in LINEARS.items()
         if n not in spared
     )
 
 
-def workspace_bytes(work: Workload, keep: list[tuple[str, ...]]) -> int:
+def workspace_bytes(work: Workload, keep: list[tuple[str, ...]], loss_tile_labels: int) -> int:
     """What is alive for a moment: the largest of a layer's backward pass and the head, a decoded
     tile of a weight, and what trained weights need."""
-    sizes, tokens = _sizes(work.config), work.pack_tokens
+    size, tokens = sizes(work.config), work.pack_tokens
     tile = min(tokens, MLP_TILE_TOKENS)
-    hidden, inner, queries, keys = (sizes[n] for n in ("hidden", "inner", "queries", "keys"))
+    hidden, inner, queries, keys = (size[n] for n in ("hidden", "inner", "queries", "keys"))
     # Gate and up, unless they were kept; their product or one's gradient; the other's gradient.
     fresh = max(2 - ("gate_proj" in names) - ("up_proj" in names) for names in keep)
     mlp = tile * inner * (2 + fresh) + 6 * tokens * hidden
@@ -234,9 +248,9 @@ def workspace_bytes(work: Workload, keep: list[tuple[str, ...]]) -> int:
         mlp += tokens * (2 * queries + 2 * keys + 2 * hidden)
     attention = tokens * (6 * hidden + 4 * queries + 4 * keys)
     layer = max(mlp * work.compute_bytes, attention * work.compute_bytes + ATTENTION_BLOCK_BYTES)
-    logits = min(LOGIT_BYTES, 4 * work.config.vocab_size * min(work.labels, LOGIT_LABELS))
+    logits = 4 * work.config.vocab_size * min(work.labels, loss_tile_labels)
     head = logits + 3 * work.labels * hidden * work.compute_bytes
-    decoded = max(TILE_NUMBERS * max(inner, hidden) * 4, TILE_BYTES)
+    decoded = max(TILE_NUMBERS * max(inner, 2 * hidden) * 4, 2 * TILE_BYTES)
     trained_head = 0
     if work.rank is None:
         cast = work.compute_bytes if work.compute_bytes != 4 else 0
@@ -245,7 +259,8 @@ def workspace_bytes(work: Workload, keep: list[tuple[str, ...]]) -> int:
     return max(layer, head + trained_head) + decoded
 
 
-def _sizes(config: LlamaConfig) -> dict[str, int]:
+def sizes(config: LlamaConfig) -> dict[str, int]:
+    """The widths of a layer by name."""
     return {
         "hidden": config.hidden_size,
         "inner": config.intermediate_size,

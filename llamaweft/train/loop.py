@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,7 +38,7 @@ from llamaweft.train.optim import (
 from llamaweft.train.schedule import LearningRate
 
 LOWER_IS_BETTER = ("loss", "perplexity")
-FINISHED, EARLY_STOPPING = "finished", "early_stopping"
+FINISHED, EARLY_STOPPING, OUT_OF_TIME = "finished", "early_stopping", "max_seconds"
 
 
 class PackLike(Protocol):
@@ -73,6 +74,7 @@ class Settings:
     early_stopping_patience: int | None
     max_grad_norm: float | None
     best_metric: str
+    max_seconds: float | None = None
 
 
 @dataclass
@@ -82,6 +84,7 @@ class Loop:
     keep_best: called when the weights are the best so far.
     useful_flops: base matmul FLOPs that a list of packs needs.
     scaler: of fp16's gradients; a disabled one changes nothing.
+    began: when the run was started, by time.perf_counter; max_seconds counts from there.
     """
 
     model: nn.Module
@@ -99,6 +102,15 @@ class Loop:
     stop: StopRequest
     device: torch.device
     state: LoopState
+    began: float = field(default_factory=time.perf_counter)
+    longest: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Remember how long the block took, if it is the longest of its kind."""
+        began = time.perf_counter()
+        yield
+        self.longest[what] = max(self.longest.get(what, 0), time.perf_counter() - began)
 
     def resume(self, checkpoint: Path) -> None:
         """Put weights, optimizer, loss scale, position and random generators back."""
@@ -111,7 +123,8 @@ class Loop:
         load_scaler_state(self.scaler, self.state.loss_scale, self.state.steps_at_loss_scale)
 
     def run(self) -> str:
-        """Train to the end, to an early stop or to a stop request; returns which it was.
+        """Train to the end, to an early stop, to max_seconds or to a stop request; returns which
+        it was.
 
         The last step is validated and saved. A stop request only saves, so that the resumed run
         validates at the same steps as one that was never stopped.
@@ -123,16 +136,21 @@ class Loop:
         steps = self.loader.steps(self.state.step)
         while self.state.step < self.loader.total_steps and not last:
             began = time.perf_counter()
-            self._step([pack.to(self.device) for pack in next(steps)], began)
+            with self.timed("step"):
+                self._step([pack.to(self.device) for pack in next(steps)], began)
             last = self.state.step == self.loader.total_steps
+            if not last and self._is_out_of_time():
+                reason, last = OUT_OF_TIME, True
             if self._is_due(self.settings.evaluate_every_steps, last):
-                self._validate()
+                with self.timed("validation"):
+                    self._validate()
                 if self._is_exhausted() and not last:
                     reason, last = EARLY_STOPPING, True
             if self.stop.reason and not last:
                 reason, last = self.stop.reason, True
             if self._is_due(self.settings.checkpoint_every_steps, last):
-                self._save()
+                with self.timed("saving"):
+                    self._save()
         if self.state.best_step is None:
             self.keep_best()
         self.announce(Ended(self.state.step, reason))
@@ -216,6 +234,13 @@ class Loop:
             self.state.without_gain += 1
         values = {name: metric["value"] for name, metric in metrics.items()}
         self.announce(Validated(self.state.step, values, best))
+
+    def _is_out_of_time(self) -> bool:
+        """Whether another step, and validating and saving after it, would end too late."""
+        if self.settings.max_seconds is None:
+            return False
+        needed = sum(self.longest.values())
+        return time.perf_counter() - self.began + needed > self.settings.max_seconds
 
     def _is_exhausted(self) -> bool:
         patience = self.settings.early_stopping_patience

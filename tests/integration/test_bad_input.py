@@ -173,3 +173,33 @@ def test_a_folder_with_other_files(recipe_tree: dict, tmp_path: Path) -> None:
 def test_an_unknown_verb_and_an_unknown_option() -> None:
     llamaweft("fine-tune", code=2)
     llamaweft("doctor", "--frobnicate", code=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--device", "h1000"], ["--device h1000", "known are", "h100"]),
+        (["--price-per-hour", "cheap"], ["price-per-hour", "cheap"]),
+        (["--price-per-hour", "-1"], ["price-per-hour"]),
+    ],
+)
+def test_options_of_plan(recipe_tree: dict, tmp_path: Path, options: list, words: list) -> None:
+    recipe = write_recipe(recipe_tree, tmp_path / "recipe.yaml")
+    done = llamaweft("plan", recipe, *options, cwd=tmp_path, code=2)
+    for word in words:
+        assert word in done.stderr
+
+
+def test_a_prompt_longer_than_the_context(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "word " * 20_000}) + "\n")
+    command = ("predict", tiny_folder, "prompts.jsonl", "--output", "answers.jsonl")
+    done = llamaweft(*command, cwd=tmp_path, code=2)
+    assert "prompts.jsonl line 1" in done.stderr
+    assert "leaves no room for an answer" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+def test_prompts_without_a_question(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"text": "once upon a time"}) + "\n")
+    command = ("predict", tiny_folder, "prompts.jsonl", "--output", "answers.jsonl")
+    assert "line 1 has only text" in llamaweft(*command, cwd=tmp_path, code=2).stderr

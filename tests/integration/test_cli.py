@@ -116,7 +116,8 @@ def test_metrics_are_one_line_a_step(run: Path) -> None:
     assert [r["step"] for r in train] == [1, 2, 3, 4, 5, 6]
     assert [r["step"] for r in records if r["kind"] == "validation"] == [3, 6]
     for record in train:
-        assert record["trained_tokens"] < record["tokens"] == record["computed_tokens"] <= 512
+        assert record["trained_tokens"] < record["tokens"]
+        assert record["computed_tokens"] <= min(record["tokens"], 512)
         assert record["tokens_per_second"] == pytest.approx(record["tokens"] / record["seconds"])
         assert min(record[k] for k in ("loss", "lr", "grad_norm", "anon_bytes", "rss_bytes")) > 0
         assert record["useful_flops_per_second"] > 0
@@ -269,7 +270,54 @@ def test_plan_and_doctor(run: Path) -> None:
     assert "compute" in plan["decisions"]
     machine = as_json("doctor")
     assert machine["matmul_flops_per_second"]["fp32"] > 1e8
+    assert plan["speed"]["measured"]
+    assert plan["seconds_per_step"] == pytest.approx(sum(plan["seconds"].values()))
+    assert plan["computed_tokens"] < plan["tokens"]  # all rows have one system message
     llamaweft("plan", "recipe.yaml", cwd=run)
+
+
+def test_plan_for_a_device_that_is_not_here(run: Path) -> None:
+    options = ("--device", "t4", "--price-per-hour", 0.35)
+    plan = as_json("plan", "recipe.yaml", *options, "base_weights=nf4", cwd=run)
+    assert not plan["speed"]["measured"]
+    assert "T4" in plan["decisions"]["device"]
+    assert plan["decisions"]["compute"].startswith("fp16")
+    assert plan["parts"]["weights"] > 0  # on a GPU they take its memory
+    assert plan["cost"] == pytest.approx(plan["total_seconds"] / 3600 * 0.35)
+    shown = llamaweft("plan", "recipe.yaml", *options, cwd=run).stdout
+    assert "not measured" in shown
+
+
+def test_predict_answers_in_order_and_goes_on_where_it_was_stopped(run: Path) -> None:
+    prompts = run / "prompts.jsonl"
+    rows = [{"prompt": f"Question {i}" + " please" * (i % 4)} for i in range(5)]
+    prompts.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    command = ("predict", "run", prompts, "--max-new-tokens", 3, "--output")
+    assert as_json(*command, "all.jsonl", cwd=run)["made_now"] == 5
+    answers = (run / "all.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["row"] for line in answers] == [1, 2, 3, 4, 5]
+    assert json.loads(answers[3])["messages"] == [
+        {"role": "user", **{"content": rows[3]["prompt"]}}
+    ]
+    llamaweft(*command, "all.jsonl", cwd=run, code=2)
+
+    # As a call leaves it that was killed in the third answer.
+    import hashlib
+
+    said = json.dumps([[{"role": "user", "content": row["prompt"]}] for row in rows])
+    head = {
+        "subject": "run",
+        "prompts": hashlib.sha256(said.encode()).hexdigest(),
+        "max_new_tokens": 3,
+    }
+    half = [json.dumps(head), *answers[:2], answers[2][:20]]
+    (run / "again.jsonl.unfinished").write_text("\n".join(half), encoding="utf-8")
+    assert "--resume" in llamaweft(*command, "again.jsonl", cwd=run, code=2).stderr
+    other = ("predict", "run", prompts, "--max-new-tokens", 9, "--resume", "--output")
+    assert "other options" in llamaweft(*other, "again.jsonl", cwd=run, code=2).stderr
+    assert as_json(*command, "again.jsonl", "--resume", cwd=run)["made_now"] == 3
+    assert (run / "again.jsonl").read_text(encoding="utf-8").splitlines() == answers
+    assert not (run / "again.jsonl.unfinished").exists()
 
 
 def test_model_inspect(run: Path) -> None:

@@ -69,12 +69,26 @@ def test_a_stop_token_ends_one_answer_and_not_its_neighbours(model) -> None:
     assert len(stopped[1].ids) <= 3
 
 
-def test_small_batches_give_the_same_answers(model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_batches_give_the_same_answers(model) -> None:
     whole = generate_batch(model, PROMPTS, set(), max_new_tokens=6)
-    monkeypatch.setattr(generate, "CACHE_BYTES", 1)
     done: list[int] = []
-    assert generate_batch(model, PROMPTS, set(), max_new_tokens=6, progress=done.append) == whole
+    alone = generate_batch(
+        model, PROMPTS, set(), max_new_tokens=6, cache_bytes=1, progress=done.append
+    )
+    assert alone == whole
     assert done == [1, 2, 3, 4]
+
+
+def test_prompts_are_read_a_few_at_a_time(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = generate_batch(model, PROMPTS, set(), max_new_tokens=6)
+    read: list[int] = []
+    prefill = Session._prefill
+    monkeypatch.setattr(
+        Session, "_prefill", lambda s, f, p: read.append(len(p)) or prefill(s, f, p)
+    )
+    monkeypatch.setattr(generate, "PREFILL_TOKENS", 20)
+    assert generate_batch(model, PROMPTS, set(), max_new_tokens=6) == whole
+    assert read == [3, 1]  # 1 + 7 + 12 tokens, then 31
 
 
 def test_an_answer_ends_where_the_context_does(model) -> None:

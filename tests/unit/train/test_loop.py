@@ -149,6 +149,22 @@ def test_a_stop_request_saves_and_does_not_validate(tiny_folder: Path, tmp_path:
     assert loop.state.best_step is None
 
 
+def test_max_seconds_leaves_time_to_validate_and_save(tiny_folder: Path, tmp_path: Path) -> None:
+    steps = [[Pack.from_documents(documents()[:1])] for _ in range(9)]
+    loop, _ = loop_over(steps, tiny_folder, tmp_path, max_seconds=1000.0, evaluator=scripted([1.0]))
+    loop.longest["validation"] = 600.0  # as measured on the untouched model
+    loop.announce.listeners.append(
+        lambda event: (
+            loop.longest.update(step=500.0)
+            if isinstance(event, StepEnded) and event.step == 3
+            else None
+        )
+    )
+    assert loop.run() == "max_seconds"
+    assert (loop.state.step, loop.state.best_step) == (3, 3)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
+
+
 def test_without_validation_the_last_weights_are_kept(tiny_folder: Path, tmp_path: Path) -> None:
     kept: list[int] = []
     steps = [[Pack.from_documents(documents()[:1])] for _ in range(2)]

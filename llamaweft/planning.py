@@ -1,0 +1,129 @@
+"""From a recipe's pieces to its plan: for this machine, measured, or by a data sheet."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cached_property
+
+import torch
+
+from llamaweft.errors import UserError
+from llamaweft.pieces import Pieces
+from llamaweft.plan.devices import REACHED, Device
+from llamaweft.plan.hardware import matmul_flops_per_second, traffic_bytes_per_second
+from llamaweft.plan.memory import LINEARS, MLP_TILE_TOKENS, sizes
+from llamaweft.plan.plan import Plan, make_plan
+from llamaweft.plan.time import Speed, StepWork
+from llamaweft.recipe import Recipe
+from llamaweft.runtime import COMPUTE_DTYPES, Runtime
+from llamaweft.weights.speed import product_rates
+
+
+class PiecesFor(Pieces):
+    """The pieces as they would be on a device that is not here."""
+
+    def __init__(self, recipe: Recipe, device: Device) -> None:
+        super().__init__(recipe)
+        self.planned = device
+
+    @cached_property
+    def runtime(self) -> Runtime:
+        asked = self.recipe.training.compute_dtype
+        name = self.planned.dtype if asked == "auto" else asked
+        reason = f"{self.planned.name}, by its data sheet" if asked == "auto" else "asked for"
+        return Runtime(torch.device("cuda"), COMPUTE_DTYPES[name], reason, 0)
+
+    @cached_property
+    def free_bytes(self) -> int:
+        return self.planned.usable_bytes
+
+    @property
+    def device_name(self) -> str:
+        return f"{self.planned.name} (not measured)"
+
+
+def plan_run(pieces: Pieces, price_per_hour: float | None = None) -> Plan:
+    """Memory, time and decisions; measures this machine's products for a few seconds.
+
+    Raises UserError when nothing fits the budget, with the nearest recipe that does.
+    """
+    loader = pieces.loader
+    given, computed, labels = loader.epoch_tokens
+    packs = loader.packs_per_epoch
+    per_step = loader.total_packs / loader.total_steps / packs
+    try:
+        schedule = pieces.schedule
+    except UserError as error:
+        nearest = nearest_fit(pieces)
+        raise UserError(f"{error}{nearest and f'; it fits with {nearest}'}") from None
+    step = StepWork(computed * per_step, labels * per_step, loader.epoch_squares * per_step)
+    return make_plan(
+        pieces.workload,
+        schedule,
+        step,
+        speed_of(pieces, int(computed / packs)),
+        steps=loader.total_steps,
+        given_tokens=given * per_step,
+        packs_per_epoch=packs,
+        budget_bytes=pieces.budget_bytes,
+        decisions=pieces.decisions(),
+        max_seconds=pieces.recipe.training.max_seconds,
+        price_per_hour=price_per_hour,
+    )
+
+
+def speed_of(pieces: Pieces, pack_tokens: int) -> Speed:
+    """What the device does in a second: by its data sheet, or measured with the model's own
+    products, of a mean pack's rows."""
+    if isinstance(pieces, PiecesFor):
+        sheet = pieces.planned
+        rate = REACHED * sheet.flops
+        source = f"the data sheet of {sheet.name}, {REACHED:.0%} of its rate; not measured"
+        return Speed(rate, rate, sheet.bandwidth, source, measured=False)
+    runtime, size = pieces.runtime, sizes(pieces.config)
+    tokens = max(1, min(pack_tokens, MLP_TILE_TOKENS))
+    if runtime.device.type != "cpu":
+        shape = (tokens, size["hidden"], size["inner"])
+        plain = matmul_flops_per_second(runtime.device, runtime.compute_dtype, shape)
+        decoded = plain
+    else:
+        shapes = Counter((size[target], size[source]) for source, target in LINEARS.values())
+        # A trained weight is multiplied as a plain one.
+        codec = pieces.base_weights if pieces.lora else "fp32"
+        decoded, plain = product_rates(shapes, tokens, codec, runtime.compute_dtype)
+        if pieces.lora is None:
+            decoded = plain
+    traffic = traffic_bytes_per_second(runtime.device, tokens * size["inner"])
+    return Speed(decoded, plain, traffic, "measured on this machine", measured=True)
+
+
+def nearest_fit(pieces: Pieces) -> str:
+    """Overrides that make the recipe fit its budget and change the least; empty if none does."""
+    training = pieces.recipe.training
+    longest = max(len(document.ids) for document in pieces.data.documents)
+    packs = [training.micro_batch_tokens]
+    while packs[-1] // 2 >= longest:
+        packs.append(packs[-1] // 2)
+    if packs[-1] > longest:
+        packs.append(longest)
+    on_cpu = pieces.runtime.device.type == "cpu"
+    codecs = ["nf4"] if not on_cpu and pieces.base_weights != "nf4" else []
+    for method in [{}] if pieces.lora else [{}, {"adapter.method": "lora"}]:
+        for codec in [None, *codecs]:
+            for tokens in packs:
+                changes = dict(method)
+                if codec:
+                    changes["base_weights"] = codec
+                if tokens != training.micro_batch_tokens:
+                    changes["training.micro_batch_tokens"] = str(tokens)
+                if _fits(pieces, changes):
+                    return " ".join(f"{key}={value}" for key, value in changes.items())
+    return ""
+
+
+def _fits(pieces: Pieces, changes: dict[str, str]) -> bool:
+    other = pieces.changed(changes)
+    try:
+        return other.schedule.peak_bytes <= other.budget_bytes
+    except UserError:
+        return False

@@ -1,0 +1,98 @@
+"""Seconds of a step: each kind of work by its own rate, counted by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from llamaweft.adapters.lora import LAYER_LINEARS
+from llamaweft.errors import UserError
+from llamaweft.model.presets import PRESETS
+from llamaweft.plan.devices import DEVICES, find_device
+from llamaweft.plan.flops import training_flops
+from llamaweft.plan.memory import Workload, schedule, solve
+from llamaweft.plan.plan import make_plan
+from llamaweft.plan.time import Speed, StepWork, step_seconds
+
+CONFIG = PRESETS["llama3-8b"]
+WORK = Workload(
+    config=CONFIG,
+    pack_tokens=1024,
+    labels=600,
+    rank=16,
+    targets=LAYER_LINEARS,
+    compute_bytes=4,
+    runtime_bytes=600 * 2**20,
+)
+STEP = StepWork(tokens=1000, labels=500, squares=300_000)
+SPEED = Speed(150e9, 200e9, 20e9, "made up", measured=False)
+
+
+def test_products_take_their_flops_and_what_is_done_again() -> None:
+    flops = training_flops(CONFIG, 1000, 500, frozen_base=True)
+    once = step_seconds(WORK, solve(WORK, None), STEP, SPEED)
+    assert once["products"] == pytest.approx(flops / 150e9)
+    least = schedule(WORK, [()] * 32)
+    again = step_seconds(WORK, least, STEP, SPEED)
+    assert again["products"] / once["products"] == pytest.approx(1 + least.recomputed_share / 2)
+    assert {k: v for k, v in again.items() if k != "products"} == {
+        k: v for k, v in once.items() if k != "products"
+    }
+
+
+def test_attention_and_adapter_by_hand() -> None:
+    found = step_seconds(WORK, solve(WORK, None), STEP, SPEED)
+    # Two products forward and five backward, each 2 L^2 of the width of all heads, half of it.
+    assert found["attention"] == pytest.approx(32 * 7 * 300_000 * 4096 / (0.4 * 200e9))
+    inputs = 4 * 4096 + 2 * 4096 + 14336  # q k v o, gate up, down
+    outputs = 4096 + 1024 + 1024 + 4096 + 2 * 14336 + 4096
+    narrow = 32 * 2 * 1000 * 16 * (4 * inputs + 3 * outputs)
+    assert found["adapter"] == pytest.approx(narrow / (0.5 * 200e9))
+
+
+def test_without_an_adapter_nothing_is_narrow_and_the_optimizer_takes_longer() -> None:
+    adapter = step_seconds(WORK, solve(WORK, None), STEP, SPEED)
+    whole = replace(WORK, rank=None, targets=())
+    full = step_seconds(whole, schedule(whole, [()] * 32), STEP, SPEED)
+    assert full["adapter"] == 0
+    assert full["optimizer"] > 100 * adapter["optimizer"]
+
+
+def plan(**more):
+    return make_plan(
+        WORK,
+        solve(WORK, None),
+        STEP,
+        SPEED,
+        steps=300,
+        given_tokens=1200,
+        packs_per_epoch=300,
+        budget_bytes=2**34,
+        decisions={},
+        **more,
+    )
+
+
+def test_a_plan_counts_tokens_as_given_and_costs_by_the_hour() -> None:
+    made = plan(price_per_hour=0.5)
+    assert (made.tokens, made.computed_tokens) == (360_000, 300_000)
+    assert made.total_seconds == pytest.approx(300 * sum(made.seconds.values()))
+    assert made.tokens_per_second == pytest.approx(360_000 / made.total_seconds)
+    assert made.cost == pytest.approx(made.total_seconds / 3600 * 0.5)
+    assert plan().cost is None
+
+
+def test_a_long_run_is_said_in_words() -> None:
+    (long,) = plan().warnings
+    assert "hours" in long
+    assert "training.max_seconds" in long
+    stopped = plan(max_seconds=3600).warnings
+    assert len(stopped) == 2
+    assert "of 300 steps" in stopped[1]
+
+
+def test_devices_are_found_in_any_case_and_unknown_ones_name_the_known() -> None:
+    assert find_device("H100") is DEVICES["h100"]
+    with pytest.raises(UserError, match="rtx4090"):
+        find_device("h1000")
