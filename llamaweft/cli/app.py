@@ -56,6 +56,7 @@ app = typer.Typer(
     help="Fine-tune Llama 3 8B, and every model of the Llama architecture, on your own data.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # a usage error is a sentence, not a box that cuts words
 )
 
 

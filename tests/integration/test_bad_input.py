@@ -179,7 +179,7 @@ def test_an_unknown_verb_and_an_unknown_option() -> None:
     ("options", "words"),
     [
         (["--device", "h1000"], ["--device h1000", "known are", "h100"]),
-        (["--price-per-hour", "cheap"], ["price-per-hour", "cheap"]),
+        (["--price-per-hour", "cheap"], ["price-per-hour", "valid number"]),
         (["--price-per-hour", "-1"], ["price-per-hour"]),
     ],
 )
