@@ -52,12 +52,12 @@ def llama3_folder(work: Path, layers: int) -> Path:
     return folder
 
 
-def llama3_store(work: Path, codec: str) -> Path:
-    """The whole 8B with random weights, written straight into a store of `codec` (nf4: 5 GB),
-    which llamaweft alone opens. Raises UserError as `llama3_folder`."""
-    folder = work / f"llama3-8b-{codec}"
+def llama3_store(work: Path, codec: str, preset: str = "llama3-8b") -> Path:
+    """A whole model with random weights, written straight into a store of `codec` (the 8B in nf4:
+    5 GB), which llamaweft alone opens. Raises UserError as `llama3_folder`."""
+    folder = work / f"{preset}-{codec}"
     if not folder.exists():
-        init_random("llama3-8b", folder, str(_llama3_tokenizer()), codec, SEED)
+        init_random(preset, folder, str(_llama3_tokenizer()), codec, SEED)
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -15,12 +16,38 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     free = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
+    return min([free, *_group_room()])
+
+
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
+
+
+def _group_room() -> Iterator[int]:
+    """What the control groups of this process (version 1 and 2) still allow: each limit less the
+    anonymous memory below it, since page cache is given up when memory is short."""
     try:
-        limit = int((group / "memory.max").read_text())  # ValueError for "max"
-        return min(free, limit - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        return free
+        lines = OWN_GROUPS.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, limit, held = CGROUPS, "memory.max", "anon"
+        elif "memory" in controllers.split(","):
+            root, limit, held = CGROUPS / "memory", "memory.limit_in_bytes", "total_rss"
+        else:
+            continue
+        folder = root / path.lstrip("/")
+        for group in [folder, *folder.parents]:
+            try:
+                most = int((group / limit).read_text())  # ValueError for "max"
+                stat = dict(x.split() for x in (group / "memory.stat").read_text().splitlines())
+                yield most - int(stat[held])
+            except (OSError, ValueError, KeyError):
+                pass
+            if group == root:
+                break
 
 
 def matmul_flops_per_second(

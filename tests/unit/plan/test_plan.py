@@ -12,6 +12,7 @@ from llamaweft.adapters.lora import LAYER_LINEARS, LoraConfig, inject
 from llamaweft.errors import UserError
 from llamaweft.model.load import load_causal_lm
 from llamaweft.model.presets import PRESETS, parameter_count
+from llamaweft.plan import hardware
 from llamaweft.plan.flops import training_flops
 from llamaweft.plan.hardware import available_bytes, matmul_flops_per_second
 from llamaweft.plan.memory import Workload, adapter_parameters, schedule, solve
@@ -96,6 +97,23 @@ def test_kept_in_bf16_takes_half() -> None:
     fixed = 32 * 1024 * 4096 * 4 * 3 + 31 * 1024 * 128 + 600 * 128  # inputs, mid, attention
     fixed -= 2 * 424 * 4096 * 4
     assert half.parts["activations"] - fixed == (whole.parts["activations"] - fixed) // 2
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_control_groups_limit_bounds_what_is_free(version, tmp_path: Path, monkeypatch) -> None:
+    """The outer group's limit counts too, and page cache does not."""
+    root = tmp_path / ("memory" if version == 1 else "")
+    limit, held = [("memory.limit_in_bytes", "total_rss"), ("memory.max", "anon")][version - 1]
+    for group, most in ((root / "outer", 5 * 2**20), (root / "outer/inner", 2**30)):
+        group.mkdir(parents=True)
+        (group / limit).write_text(f"{most}\n")
+        (group / "memory.stat").write_text(f"cache 123456789\n{held} {2**20}\n")
+    (root / limit).write_text("max\n")
+    own = tmp_path / "own"
+    own.write_text(f"3:cpu:/\n{'2:memory' if version == 1 else '0:'}:/outer/inner\n")
+    monkeypatch.setattr(hardware, "CGROUPS", tmp_path)
+    monkeypatch.setattr(hardware, "OWN_GROUPS", own)
+    assert available_bytes(torch.device("cpu")) == 4 * 2**20
 
 
 def test_the_machine_is_measured() -> None:
