@@ -22,21 +22,22 @@ from llamaweft.errors import RunError, UserError
 from llamaweft.runtime import cache_dir
 
 ONE, MANY = 1, 32
-NEW_TOKENS = 64
+NEW_TOKENS = {ONE: 64, MANY: 8}
+"""New tokens of each sequence in a round."""
 
 
 def entries(folder: Path, gguf: Path) -> list[Entry]:
-    found = [_entry("llama.cpp q4_0", {"kind": "llama.cpp", "model": str(gguf)})]
+    found = [_entry("llama.cpp q4_0", {"kind": "llama.cpp", "model": str(gguf)}, ONE)]
     for codec in ("int8", "nf4"):
         for sequences in (ONE, MANY):
             settings = {"kind": "llamaweft", "model": str(folder), "codec": codec}
-            name = f"llamaweft {codec} x{sequences}"
-            found.append(_entry(name, settings | {"sequences": sequences}))
+            found.append(_entry(f"llamaweft {codec} x{sequences}", settings, sequences))
     return found
 
 
-def _entry(name: str, settings: dict[str, Any]) -> Entry:
-    return Entry(name, "benchmarks.decoders", settings | {"new_tokens": NEW_TOKENS}, {})
+def _entry(name: str, settings: dict[str, Any], sequences: int) -> Entry:
+    asked = {"sequences": sequences, "new_tokens": NEW_TOKENS[sequences]}
+    return Entry(name, "benchmarks.decoders", settings | asked, {})
 
 
 def rate(step: dict[str, Any]) -> float:

@@ -31,6 +31,9 @@ TILE_BYTES = 4 * 2**20
 """Rows (or columns) of a tile, or as many as have so many bytes: small enough for the cache, large
 enough for the matrix product (benchmarks/bench_tiles.py)."""
 
+FEW_TOKENS = 128
+"""Up to so many tokens a product w x^T is faster than x w^T (docs/log.md)."""
+
 
 def tile_size(width: int, dtype: torch.dtype) -> int:
     """Rows of `width` numbers, or columns, that are decoded and multiplied at once on a CPU."""
@@ -153,8 +156,15 @@ class FrozenWeight:
         if len(x_TI) == 1 and self.codec not in PLAIN:
             return self._matvec(x_TI)
         outputs = self.shape[0]
-        y_TO = x_TI.new_empty(len(x_TI), outputs)
         tile = tile_size(self.shape[1], x_TI.dtype)
+        if len(x_TI) <= FEW_TOKENS:  # matrix first: the product then has many rows, not few
+            x_IT = x_TI.t().contiguous()
+            y_OT = x_TI.new_empty(outputs, len(x_TI))
+            for start in range(0, outputs, tile):
+                stop = min(start + tile, outputs)
+                torch.mm(self.rows(start, stop, x_TI.dtype), x_IT, out=y_OT[start:stop])
+            return y_OT.t().contiguous()
+        y_TO = x_TI.new_empty(len(x_TI), outputs)
         for start in range(0, outputs, tile):
             stop = min(start + tile, outputs)
             torch.mm(x_TI, self.rows(start, stop, x_TI.dtype).t(), out=y_TO[:, start:stop])

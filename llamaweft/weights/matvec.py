@@ -28,6 +28,9 @@ from llamaweft.weights.kernels import HAS_AVX2, PAIRS, SCALES, Arrays
 ROWS = 32
 """Rows that a thread takes at once."""
 
+AHEAD_BYTES = 4096
+"""How far ahead of the codes that are multiplied others are asked for."""
+
 _F32, _I8, _I32 = ir.FloatType(), ir.IntType(8), ir.IntType(32)
 _V8F32, _V8I8, _V8I32 = (ir.VectorType(t, 8) for t in (_F32, _I8, _I32))
 
@@ -39,6 +42,19 @@ def _splat(value: int) -> Any:
 def _at(builder: Any, address: Any, offset: int, vector: Any) -> Any:
     moved = builder.add(address, ir.Constant(address.type, offset))
     return builder.inttoptr(moved, vector.as_pointer())
+
+
+def _prefetch(builder: Any, address: Any) -> None:
+    """Ask for the codes that come AHEAD_BYTES later: hardware does not look beyond a page."""
+    bytes_ = _I8.as_pointer()
+    ask = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(ir.VoidType(), [bytes_, _I32, _I32, _I32]),
+        "llvm.prefetch.p0i8",
+    )
+    ahead = builder.inttoptr(builder.add(address, ir.Constant(address.type, AHEAD_BYTES)), bytes_)
+    read, keep, data = (ir.Constant(_I32, n) for n in (0, 3, 1))
+    builder.call(ask, [ahead, read, keep, data])
 
 
 def _add_products(builder: Any, values: list[Any], x: Any, sums: Any, scale: Any) -> None:
@@ -64,6 +80,7 @@ def _nf4_block(typing: Any, codes: Any, x: Any, levels: Any, sums: Any, scale: A
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         codes, x, levels, sums, scale = arguments
+        _prefetch(builder, codes)
         permute = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(_V8I32, [_V8I32, _V8I32]), "llvm.x86.avx2.permd"
         )
@@ -88,6 +105,7 @@ def _int8_block(typing: Any, codes: Any, x: Any, sums: Any, scale: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         codes, x, sums, scale = arguments
+        _prefetch(builder, codes)
         values = []
         for step in range(8):
             packed = builder.load(_at(builder, codes, 8 * step, _V8I8), align=1)

@@ -18,17 +18,19 @@ def held(codec: str, rows: int, columns: int) -> tuple[FrozenWeight, torch.Tenso
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_products_and_their_gradients(codec: str, monkeypatch) -> None:
+@pytest.mark.parametrize("tokens", [9, 200], ids=["few tokens", "many tokens"])
+def test_products_and_their_gradients(codec: str, tokens: int, monkeypatch) -> None:
     """1e-6 of the norm: a smaller product may be summed in another order."""
     monkeypatch.setattr(frozen, "tile_size", lambda width, dtype: 256)
     rows, columns = 2 * 256 + 70, 256 + 64
     weight, w = held(codec, rows, columns)
     layer = Linear(columns, rows)
     layer.hold(weight)
-    x = torch.randn(9, columns, requires_grad=True)
-    y, g = layer(x), torch.randn(9, rows)
+    x = torch.randn(tokens, columns, requires_grad=True)
+    y, g = layer(x), torch.randn(tokens, rows)
     y.backward(g)
     x64, w64, g64 = x.detach().double(), w.double(), g.double()
+    y = y.detach()
     assert float((y - x64 @ w64.t()).norm() / (x64 @ w64.t()).norm()) < 1e-6
     assert float((x.grad - g64 @ w64).norm() / (g64 @ w64).norm()) < 1e-6
 
