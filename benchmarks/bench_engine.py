@@ -177,7 +177,7 @@ def bench_whole8b(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     else:
         model = models.llama3_store(options.work, weights)
     ring = Ring(options, model, 1024, weights)
-    for number, budget in enumerate(BUDGETS):
+    for number, budget in enumerate(options.budgets):
         with ring.fight(ring.ours(budget)) as rounds:
             best = best_whole(options, model, weights) if options.peer and not number else None
             rounds(best, options.rounds)
@@ -235,6 +235,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--skip-defaults", action="store_true", help="leave out the peer's defaults, which are slow"
     )
     parser.add_argument("--peer", action="store_true", help="whole8b: against the best NF4 peer")
+    parser.add_argument(
+        "--budgets", nargs="*", default=BUDGETS, help="whole8b: memory budgets; none: --cgroup only"
+    )
     parser.add_argument("--cgroup", type=_size, help="whole8b: a hard limit too, e.g. 4GiB")
     return parser.parse_args(arguments)
 

@@ -28,7 +28,7 @@ from llamaweft.weights.kernels import HAS_AVX2, PAIRS, SCALES, Arrays
 ROWS = 32
 """Rows that a thread takes at once."""
 
-AHEAD_BYTES = 4096
+AHEAD_BYTES = 1024
 """How far ahead of the codes that are multiplied others are asked for."""
 
 _F32, _I8, _I32 = ir.FloatType(), ir.IntType(8), ir.IntType(32)
