@@ -28,7 +28,10 @@ lint: $(VENV)/.lint
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.bench_engine slice
+	$(BIN)/python -m benchmarks.bench_engine prefixes
 	$(BIN)/python -m benchmarks.bench_engine embedded
+	$(BIN)/python -m benchmarks.bench_decode
+	$(BIN)/python -m benchmarks.bench_plan embedded 1b
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -135,7 +135,7 @@ def against_tuned(
         bests.append(best)
         tried += figures
     with ring.fight(ring.ours(ring.options.memory_budget)) as rounds:
-        for best in bests:
+        for best in [*bests, *(ring.peer(choice) for choice in peer_choice.PLAIN)]:
             rounds(best, ring.options.rounds)
         if not ring.options.skip_defaults:
             rounds(ring.peer(peer_choice.DEFAULTS), max(1, ring.options.rounds // 2))
@@ -149,7 +149,8 @@ def bench_slice(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     yield from against_tuned(Ring(options, model, 1024, weights), title, peer_choice.PACKED)
     short = Ring(options, model, 256, weights)
     with short.fight(short.ours(options.memory_budget)) as rounds:
-        rounds(short.peer(peer_choice.WHOLE[0][0]), options.rounds)
+        rounds(short.peer(peer_choice.PACKED[0]), options.rounds)
+        rounds(short.peer(peer_choice.PLAIN[0]), options.rounds)
     yield short.case(title)
 
 

@@ -31,7 +31,8 @@ class Choice:
     def name(self) -> str:
         step = f"{self.batch}" if self.accumulation == 1 else f"{self.batch}x{self.accumulation}"
         again = " ckpt" if self.checkpointing else ""
-        return f"trl {self.mode} {step} {'nf4' if self.nf4 else 'fp32'}{again}"
+        memory = "" if self.kept_memory or self.mode == "defaults" else " plain"
+        return f"trl {self.mode} {step} {'nf4' if self.nf4 else 'fp32'}{again}{memory}"
 
     def entry(self, model: Path, tokens: Path, pack_tokens: int) -> Entry:
         settings: dict[str, Any] = asdict(self)
@@ -46,6 +47,9 @@ DEFAULTS = Choice("defaults", 8, 1, nf4=True, kept_memory=False)
 
 PACKED = [Choice("packed", batch, 1, nf4) for nf4 in (True, False) for batch in (1, 2)]
 """Tried on every model."""
+
+PLAIN = [Choice("packed", 1, 1, nf4, kept_memory=False) for nf4 in (True, False)]
+"""The same with glibc as it comes: what a person gets who tunes trl but not the allocator."""
 
 GROUPED = [
     Choice("grouped", batch, accumulation, nf4)
