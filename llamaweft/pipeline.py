@@ -366,4 +366,4 @@ def write_run_report(folder: RunFolder) -> None:
 
 
 def _loss_parts(model: LlamaForCausalLM, documents: list[Document]) -> list[tuple[float, float]]:
-    return model.sequence_losses(Pack.from_documents(documents).to(model.device))
+    return model.sequence_losses(Pack.from_documents(documents, share=True).to(model.device))

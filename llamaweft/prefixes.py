@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -53,6 +54,15 @@ class PrefixTree:
             found.append(run)
             run = self.runs[run].parent
         return found[::-1]
+
+    def places(self, document: int) -> np.ndarray:
+        """Where each token of a document stands when all runs follow one another."""
+        spans = [(self._starts[r], self.runs[r].tokens) for r in self.path(document)]
+        return np.concatenate([np.arange(start, start + count) for start, count in spans])
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [0, *accumulate(run.tokens for run in self.runs)]
 
 
 def unshared(lengths: Iterable[int]) -> PrefixTree:

@@ -21,7 +21,7 @@ ALLOWED = {
     "data": {"runtime", "prefixes"},
     "plan": {"recipe", "runtime", "model.presets"},
     "train": {"runtime", "parallel"},
-    "generate": {"model", "runtime"},
+    "generate": {"model", "runtime", "prefixes"},
     "evaluate": {"generate", "data", "runtime"},
     "export": {"model", "weights", "adapters", "generate", "runtime"},
     "pieces": {"recipe", "runtime", "weights", "model", "adapters", "data", "plan", "train"},

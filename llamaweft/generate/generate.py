@@ -17,6 +17,7 @@ from llamaweft.generate.kv_cache import Decode, KVCache, Prefill
 from llamaweft.generate.sampling import Sampling, sample
 from llamaweft.model.llama import LlamaForCausalLM
 from llamaweft.model.pack import Pack
+from llamaweft.prefixes import prefix_tree
 
 CACHE_BYTES = 256 * 2**20
 """Keys and values that a batch may hold, where nobody says; it decides how many sequences are
@@ -53,16 +54,20 @@ class Session:
         self.cache = KVCache(model.config, batch, room, dtype, model.device)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """logits_BV after each prompt. Nothing is padded: prompts are packs."""
+        """logits_BV after each prompt. Nothing is padded: prompts are packs, and what they begin
+        with in common is computed once."""
         return torch.cat([self._prefill(first, group) for first, group in _groups(prompts)])
 
     def _prefill(self, first: int, prompts: Sequence[Sequence[int]]) -> Tensor:
-        pack = Pack.from_documents([_Prompt(ids) for ids in prompts]).to(self.model.device)
-        attend = Prefill(self.cache, pack, first)
+        documents = [_Prompt(ids) for ids in prompts]
+        device = self.model.device
+        pack = Pack.from_documents(documents, share=True).to(device)
+        tree = prefix_tree([document.ids for document in documents])
+        places = [torch.from_numpy(tree.places(b)).to(device) for b in range(len(prompts))]
+        attend = Prefill(self.cache, pack, places, first)
         hidden_TE = self.model.model(pack.ids_T, pack.positions_T + attend.before, attend)
         attend.finish()
-        last_B = torch.tensor(pack.lengths, device=self.model.device).cumsum(0) - 1
-        return self.model.lm_head(hidden_TE[last_B])
+        return self.model.lm_head(hidden_TE[torch.stack([of_row[-1] for of_row in places])])
 
     def decode(self, ids_B: Tensor) -> Tensor:
         """logits_BV after one more token in each row."""

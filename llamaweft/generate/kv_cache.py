@@ -45,24 +45,24 @@ class KVCache:
 class Prefill:
     """Attention of new tokens to themselves and to what the cache holds, kept in the cache.
 
-    Segment b of the pack continues row first + b. With empty rows this is the pack's own attention;
-    a filled one (the next turn of a chat) comes alone.
+    Document b of the pack continues row first + b; places[b]: where its tokens stand in the pack.
+    With empty rows this is the pack's own attention; a filled one (the next turn of a chat) comes
+    alone.
     """
 
-    def __init__(self, cache: KVCache, pack: Pack, first: int = 0) -> None:
-        self.cache, self.lengths = cache, pack.lengths
-        self.rows = slice(first, first + len(self.lengths))
+    def __init__(self, cache: KVCache, pack: Pack, places: list[Tensor], first: int = 0) -> None:
+        self.cache, self.places = cache, places
+        self.rows = slice(first, first + len(places))
         self.fresh = PackAttention(pack)
         self.before = int(cache.used_B[self.rows].max())
-        assert self.before == 0 or len(self.lengths) == 1
+        assert self.before == 0 or len(places) == 1
 
     def __call__(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
         keys, values = (held[layer][self.rows] for held in (self.cache.keys, self.cache.values))
-        rows = zip(k_TKD.split(self.lengths), v_TKD.split(self.lengths), strict=True)
-        for row, (k_LKD, v_LKD) in enumerate(rows):
-            place = slice(self.before, self.before + len(k_LKD))
-            keys[row, :, place] = k_LKD.transpose(0, 1)
-            values[row, :, place] = v_LKD.transpose(0, 1)
+        for row, of_row in enumerate(self.places):
+            place = slice(self.before, self.before + len(of_row))
+            keys[row, :, place] = k_TKD[of_row].transpose(0, 1)
+            values[row, :, place] = v_TKD[of_row].transpose(0, 1)
         if self.before == 0:
             return self.fresh(layer, q_THD, k_TKD, v_TKD)
         end = self.before + len(q_THD)
@@ -77,7 +77,8 @@ class Prefill:
         return o_HLD[0].transpose(0, 1)
 
     def finish(self) -> None:
-        fresh_B = torch.tensor(self.lengths, device=self.cache.used_B.device)
+        lengths = [len(of_row) for of_row in self.places]
+        fresh_B = torch.tensor(lengths, device=self.cache.used_B.device)
         self.cache.used_B[self.rows] += fresh_B
 
 

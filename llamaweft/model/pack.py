@@ -68,11 +68,9 @@ class Pack:
         ids = [document.ids for document in documents]
         tree = prefix_tree(ids) if share else unshared([len(i) for i in ids])
         sizes = [run.tokens for run in tree.runs]
-        starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
         position, target, weight, sequence = [], [], [], []
         for index, document in enumerate(documents):
-            path = tree.path(index)
-            places = np.concatenate([np.arange(starts[r], starts[r + 1]) for r in path])
+            places = tree.places(index)
             trained = np.flatnonzero(document.weights[1:]) + 1
             position.append(places[trained - 1])
             target.append(document.ids[trained])

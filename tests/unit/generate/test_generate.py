@@ -20,6 +20,9 @@ from llamaweft.model.pack import Pack
 
 RANDOM = np.random.default_rng(0)
 PROMPTS = [RANDOM.integers(3, 900, n).tolist() for n in (7, 31, 12, 1)]
+BEGINNING = RANDOM.integers(3, 900, 40).tolist()
+ALIKE = [BEGINNING + RANDOM.integers(3, 900, n).tolist() for n in (1, 20, 5)] + [BEGINNING]
+"""What the last one is, the others begin with."""
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +36,12 @@ def last_logits(model, ids: list[int]) -> torch.Tensor:
         return model(Pack.from_documents([document]))[-1]
 
 
-def test_the_cache_gives_the_logits_of_a_full_pass(model) -> None:
-    session = Session(model, len(PROMPTS), 64)
+@pytest.mark.parametrize("prompts", [PROMPTS, ALIKE], ids=["apart", "alike"])
+def test_the_cache_gives_the_logits_of_a_full_pass(model, prompts: list[list[int]]) -> None:
+    session = Session(model, len(prompts), 70)
     with torch.inference_mode():
-        logits = session.prefill(PROMPTS)
-        longer = [list(p) for p in PROMPTS]
+        logits = session.prefill(prompts)
+        longer = [list(p) for p in prompts]
         for _ in range(4):
             for row, ids in enumerate(longer):
                 torch.testing.assert_close(logits[row], last_logits(model, ids), rtol=0, atol=1e-5)
