@@ -93,7 +93,7 @@ def speed_of(pieces: Pieces, pack_tokens: int) -> Speed:
         decoded, plain = product_rates(shapes, tokens, codec, runtime.compute_dtype)
         if pieces.lora is None:
             decoded = plain
-    traffic = traffic_bytes_per_second(runtime.device, tokens * size["inner"])
+    traffic = traffic_bytes_per_second(runtime.device)
     return Speed(decoded, plain, traffic, "measured on this machine", measured=True)
 
 

@@ -72,9 +72,13 @@ def matmul_flops_per_second(
     return sorted(rates)[len(rates) // 2]
 
 
-def traffic_bytes_per_second(device: torch.device, numbers: int, seconds: float = 0.3) -> float:
-    """Bytes read and written by elementwise work on fp32 tensors of so many numbers."""
-    a, b = torch.randn(numbers, device=device), torch.randn(numbers, device=device)
+TRAFFIC_NUMBERS = 2**24
+"""More than a cache holds, so that each result is new memory, as it is in a step."""
+
+
+def traffic_bytes_per_second(device: torch.device, seconds: float = 0.3) -> float:
+    """Bytes read and written a second by elementwise work on large fp32 tensors."""
+    a, b = (torch.randn(TRAFFIC_NUMBERS, device=device) for _ in range(2))
     rates: list[float] = []
     end = time.perf_counter() + seconds
     while not rates or time.perf_counter() < end:

@@ -23,8 +23,10 @@ LEAST_LABELS, MOST_LABELS = 384, 1024
 """Labels whose logits are held at once: few, and no more than have so many bytes, where memory is
 short; many where everything is kept. Products gain from more up to there."""
 
-ATTENTION_BLOCK_BYTES = 96 * 2**20
-"""Scores of the blocks that attention's backward pass works on."""
+ATTENTION_BLOCK = 64, 2048
+ATTENTION_BUFFERS = 6
+"""Queries and keys of the blocks that attention's backward pass works on, and how many buffers of
+their scores are alive at once, those that the C library still holds included."""
 
 TILE_NUMBERS, TILE_BYTES = 512, 4 * 2**20
 """Rows or columns of a frozen matrix that are decoded at once, or as many as have so many bytes."""
@@ -247,7 +249,10 @@ def workspace_bytes(work: Workload, keep: list[tuple[str, ...]], loss_tile_label
     if any("mid" not in names for names in keep):
         mlp += tokens * (2 * queries + 2 * keys + 2 * hidden)
     attention = tokens * (6 * hidden + 4 * queries + 4 * keys)
-    layer = max(mlp * work.compute_bytes, attention * work.compute_bytes + ATTENTION_BLOCK_BYTES)
+    queries_at_once, keys_at_once = ATTENTION_BLOCK
+    scores = work.config.num_attention_heads * queries_at_once * min(tokens, keys_at_once) * 4
+    blocks = ATTENTION_BUFFERS * scores
+    layer = max(mlp * work.compute_bytes, attention * work.compute_bytes + blocks)
     logits = 4 * work.config.vocab_size * min(work.labels, loss_tile_labels)
     head = logits + 3 * work.labels * hidden * work.compute_bytes
     decoded = max(TILE_NUMBERS * max(inner, 2 * hidden) * 4, 2 * TILE_BYTES)
