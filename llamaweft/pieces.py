@@ -161,7 +161,7 @@ class Pieces:
         on_cpu = self.runtime.device.type == "cpu"
         held = 0 if on_cpu or self.lora is None else store_bytes(self.config, self.base_weights)
         compute_bytes = self.runtime.compute_dtype.itemsize
-        fragments = 0 if self._has_large_tensors else FRAGMENT_BYTES
+        fragments = FRAGMENT_BYTES if on_cpu and not self._has_large_tensors else 0
         return Workload(
             config=self.config,
             pack_tokens=tokens,
@@ -172,7 +172,8 @@ class Pieces:
             else (),
             compute_bytes=compute_bytes,
             kept_bytes=2 if training.keep_activations == "bf16" else None,
-            runtime_bytes=RUNTIME_BYTES + (anon_bytes() + fragments if on_cpu else 0),
+            runtime_bytes=RUNTIME_BYTES + (anon_bytes() if on_cpu else 0),
+            fragment_bytes=fragments,
             weight_bytes=held,
             optimizer_bytes=optimizer_bytes_per_parameter(training.optimizer),
             keeps_attention=on_cpu,

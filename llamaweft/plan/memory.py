@@ -31,6 +31,9 @@ their scores are alive at once, those that the C library still holds included.""
 TILE_NUMBERS, TILE_BYTES = 512, 4 * 2**20
 """Rows or columns of a frozen matrix that are decoded at once, or as many as have so many bytes."""
 
+FRAGMENT_SHARE = 8
+"""Fragments that the C library holds on to are this part of what is taken and freed, or less."""
+
 LINEARS = {
     "q_proj": ("hidden", "queries"),
     "k_proj": ("hidden", "keys"),
@@ -67,7 +70,8 @@ class Workload:
     weight_bytes: of the frozen weights, where they take memory of the kind that is counted.
     compute_bytes, kept_bytes: of a number as it is computed with, and as it is kept.
     optimizer_bytes: of the optimizer's state, for each trained number.
-    runtime_bytes: what the process holds before a model is loaded.
+    runtime_bytes: what the process holds before a model is loaded. fragment_bytes: what the C
+    library holds on to, at most.
     keeps_attention: whether attention's output can be kept; on a GPU it is computed again.
     accumulates: whether gradients of one pack are held while another is computed.
     """
@@ -82,6 +86,7 @@ class Workload:
     weight_bytes: int = 0
     kept_bytes: int | None = None
     optimizer_bytes: float = 8.0
+    fragment_bytes: int = 0
     keeps_attention: bool = True
     accumulates: bool = True
 
@@ -165,14 +170,16 @@ def schedule(
     layers = work.config.num_hidden_layers
     inputs = layers * work.pack_tokens * work.config.hidden_size * work.compute_bytes
     kept = sum(kept_bytes(work, name, i) for i, names in enumerate(keep) for name in names)
+    workspace = workspace_bytes(work, keep, loss_tile_labels)
+    fragments = min(work.fragment_bytes, (inputs + kept + workspace) // FRAGMENT_SHARE)
     parts = {
-        "runtime": work.runtime_bytes,
+        "runtime": work.runtime_bytes + fragments,
         "weights": work.weight_bytes,
         "trained": 4 * trained,
         "gradients": _gradient_bytes(work, inputs + kept),
         "optimizer": round(work.optimizer_bytes * trained),
         "activations": inputs + kept,
-        "workspace": workspace_bytes(work, keep, loss_tile_labels),
+        "workspace": workspace,
     }
     again = sum(recomputed_multiplications(work, names, i) for i, names in enumerate(keep))
     once = sum(layer_multiplications(work, i) for i in range(layers))

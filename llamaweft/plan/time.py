@@ -1,7 +1,8 @@
 """Seconds of a step from its arithmetic and its traffic, and from what a device does in a second.
 
-Five kinds of work, each with a rate of its own: the base's products (with decoding, as the codec
-needs it), attention, the adapter's narrow products, elementwise work, and the optimizer. Rates of
+Six kinds of work, each with a rate of its own: the base's products (with decoding, as the codec
+needs it), attention, the adapter's narrow products, elementwise work, the optimizer, and calling
+all of it. Rates of
 products and of elementwise work are measured; attention and narrow products are taken at a share of
 the plain product's.
 
@@ -32,12 +33,14 @@ class Speed:
     """What a device does in a second, and where that is from.
 
     product_flops: of the base's products, decoding included. plain_flops: of plain products in the
-    compute dtype. bytes: read and written by elementwise work. measured: whether on this device.
+    compute dtype. bytes: read and written by elementwise work. layer_seconds: that the calls of one
+    layer's step take by themselves. measured: whether on this device.
     """
 
     product_flops: float
     plain_flops: float
     bytes: float
+    layer_seconds: float
     source: str
     measured: bool
 
@@ -83,4 +86,5 @@ def step_seconds(
         "adapter": narrow / (NARROW_SHARE * speed.plain_flops),
         "elementwise": elementwise / speed.bytes,
         "optimizer": optimizer / speed.bytes,
+        "calls": layers * speed.layer_seconds,
     }

@@ -26,7 +26,7 @@ WORK = Workload(
     runtime_bytes=600 * 2**20,
 )
 STEP = StepWork(tokens=1000, labels=500, squares=300_000)
-SPEED = Speed(150e9, 200e9, 20e9, "made up", measured=False)
+SPEED = Speed(150e9, 200e9, 20e9, 0.01, "made up", measured=False)
 
 
 def test_products_take_their_flops_and_what_is_done_again() -> None:
@@ -43,6 +43,7 @@ def test_products_take_their_flops_and_what_is_done_again() -> None:
 
 def test_attention_and_adapter_by_hand() -> None:
     found = step_seconds(WORK, solve(WORK, None), STEP, SPEED)
+    assert found["calls"] == pytest.approx(0.32)
     # Two products forward and five backward, each 2 L^2 of the width of all heads, half of it.
     assert found["attention"] == pytest.approx(32 * 7 * 300_000 * 4096 / (0.4 * 200e9))
     inputs = 4 * 4096 + 2 * 4096 + 14336  # q k v o, gate up, down
