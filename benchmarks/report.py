@@ -19,6 +19,7 @@ import psutil
 import torch
 
 from benchmarks.contender import ROOT, Contender
+from llamaweft.runtime import cache_dir
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "xllamacpp", "numba", "numpy")
 GIB = 2**30
@@ -97,9 +98,8 @@ def write_page(results: Path, name: str, text: str, figures: dict[str, Any]) -> 
     now = datetime.now(UTC)
     target = results / f"{name}-{now:%Y-%m-%d}"
     source = {"date": now.isoformat(timespec="seconds"), **provenance()}
-    target.with_suffix(".json").write_text(
-        json.dumps(source | figures, indent=1) + "\n", encoding="utf-8"
-    )
+    content = json.dumps(source | figures, indent=1).replace(str(cache_dir()), "CACHE")
+    target.with_suffix(".json").write_text(content + "\n", encoding="utf-8")
     facts = "\n".join(f"- {key}: {_inline(value)}" for key, value in source.items())
     page = target.with_suffix(".md")
     page.write_text(
