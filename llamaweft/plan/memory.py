@@ -282,6 +282,6 @@ def sizes(config: LlamaConfig) -> dict[str, int]:
 
 
 def _gib(count: int, up: bool = False) -> str:
-    """`up` rounds to the next tenth, so that what is printed is enough."""
-    tenths = -(-count * 10 // 2**30) if up else round(count * 10 / 2**30)
-    return f"{tenths / 10:.1f}GiB"
+    """`up` rounds to the next hundredth, so that what is printed is enough."""
+    hundredths = -(-count * 100 // 2**30) if up else count * 100 // 2**30
+    return f"{hundredths / 100:.2f}GiB"
