@@ -11,22 +11,10 @@ import torch
 from gguf import GGMLQuantizationType as Types
 from safetensors import safe_open
 
-LAYER = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-OUTSIDE = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-}
+from llamaweft.model.gguf import LAYER_NAMES, TOP_NAMES
+
+OUTSIDE = {ours: theirs for theirs, ours in TOP_NAMES.items()}
+LAYER = {ours: theirs for theirs, ours in LAYER_NAMES.items()}
 
 
 def write_q4_0(folder: Path, target: Path) -> Path:
@@ -57,11 +45,10 @@ def write_q4_0(folder: Path, target: Path) -> Path:
 
 
 def _name(name: str) -> str:
-    stem = name.removesuffix(".weight")
-    if stem in OUTSIDE:
-        return f"{OUTSIDE[stem]}.weight"
-    number, _, part = stem.removeprefix("model.layers.").partition(".")
-    return f"blk.{number}.{LAYER[part]}.weight"
+    if name in OUTSIDE:
+        return OUTSIDE[name]
+    number, _, part = name.removeprefix("model.layers.").partition(".")
+    return f"blk.{number}.{LAYER[part]}"
 
 
 def _paired(w_OI: np.ndarray, config: dict) -> np.ndarray:

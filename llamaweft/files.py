@@ -35,6 +35,16 @@ def written_aside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside, flush it to the disk and rename it: complete or absent."""
+    aside = path.with_name(f".{path.name}.tmp")
+    with aside.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    aside.replace(path)
+
+
 def _flush(folder: Path) -> None:
     """Onto the disk, so that the folder's new name never stands for missing bytes."""
     for path in folder.rglob("*"):

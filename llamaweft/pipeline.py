@@ -22,7 +22,7 @@ from llamaweft.errors import UserError
 from llamaweft.evaluate.evaluator import Evaluator, side_by_side
 from llamaweft.evaluate.report import ReportInput, write_report
 from llamaweft.export.hf import export_merged
-from llamaweft.files import need_disk
+from llamaweft.files import need_disk, write_text
 from llamaweft.model.folder import base_name
 from llamaweft.model.llama import LlamaForCausalLM
 from llamaweft.model.load import copy_weights
@@ -45,7 +45,7 @@ from llamaweft.train.optim import (
     optimizer_bytes_per_parameter,
     trained_parameters,
 )
-from llamaweft.train.run_folder import RunFolder, read_json, write_json, write_text
+from llamaweft.train.run_folder import RunFolder, read_json, write_json
 from llamaweft.train.schedule import LearningRate
 from llamaweft.train.trackers import Trackers, check_installed
 

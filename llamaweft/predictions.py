@@ -18,6 +18,7 @@ from typing import Any
 from llamaweft.data.chat import prompt_ids, stop_ids
 from llamaweft.data.formats import Example
 from llamaweft.errors import UserError
+from llamaweft.files import write_text
 from llamaweft.generate.generate import generate_batch
 from llamaweft.subject import Subject
 
@@ -79,7 +80,8 @@ def predict(
                 file.write(json.dumps(asdict(found), ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
-    _publish(unfinished, output)
+    write_text(output, unfinished.read_text(encoding="utf-8").partition("\n")[2])
+    unfinished.unlink()
     return len(prompts) - done
 
 
@@ -131,15 +133,3 @@ def _go_on(unfinished: Path, head: str, resume: bool) -> int:
     with unfinished.open("r+b") as file:
         file.truncate(len(whole))
     return max(0, len(lines) - 1)
-
-
-def _publish(unfinished: Path, output: Path) -> None:
-    """The answers without the first line, in the place of the output."""
-    answers = unfinished.read_bytes().partition(b"\n")[2]
-    aside = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    with aside.open("wb") as file:
-        file.write(answers)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(output)
-    unfinished.unlink()

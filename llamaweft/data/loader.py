@@ -89,16 +89,18 @@ class Loader(Generic[Batch]):
     @property
     def epoch_tokens(self) -> tuple[int, int, int]:
         """Of the first epoch: tokens as given, tokens that are computed, labels."""
-        packs = self._epoch(0)
-        shown = np.array([index for pack in packs for index in pack.documents])
-        given, computed = int(self._lengths[shown].sum()), sum(pack.tokens for pack in packs)
-        return given, computed, int(self._labels[shown].sum())
+        shown, computed = self._shown, sum(pack.tokens for pack in self._epoch(0))
+        return int(self._lengths[shown].sum()), computed, int(self._labels[shown].sum())
 
     @property
     def epoch_squares(self) -> int:
         """Sum of L^2 over the documents of the first epoch, L tokens: attention's work."""
-        shown = [index for pack in self._epoch(0) for index in pack.documents]
-        return int((self._lengths[shown].astype(np.int64) ** 2).sum())
+        return int((self._lengths[self._shown].astype(np.int64) ** 2).sum())
+
+    @property
+    def _shown(self) -> list[int]:
+        """Documents of the first epoch, one more than once where it is shown so often."""
+        return [index for pack in self._epoch(0) for index in pack.documents]
 
     @property
     def largest_pack(self) -> tuple[int, int]:

@@ -2,9 +2,8 @@
 
 Six kinds of work, each with a rate of its own: the base's products (with decoding, as the codec
 needs it), attention, the adapter's narrow products, elementwise work, the optimizer, and calling
-all of it. Rates of
-products and of elementwise work are measured; attention and narrow products are taken at a share of
-the plain product's.
+all of it. Rates of products and of elementwise work are measured; attention and narrow products are
+taken at a share of the plain product's.
 
 T: tokens of a step   L: tokens of one document   r: LoRA's rank   c: bytes of a computed number
 """

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from llamaweft.files import write_text
 from llamaweft.train.events import Event, StepEnded, Validated
-from llamaweft.train.run_folder import write_text
 
 
 class MetricsFile:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from pathlib import Path
 from typing import Any, TextIO
 
 from llamaweft.errors import UserError
+from llamaweft.files import write_text
 
 
 class RunFolder:
@@ -69,16 +69,6 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file aside, flush it to the disk and rename it: complete or absent."""
-    aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    aside.replace(path)
 
 
 def write_json(path: Path, content: Any) -> None:

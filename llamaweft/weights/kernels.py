@@ -195,16 +195,21 @@ def _int8_encode(w, codes, scales):
 Arrays = dict[str, np.ndarray]
 
 
-def decode_nf4(parts: Arrays, r0: int, b0: int, out: np.ndarray) -> None:
-    """The window of nf4 at row r0 and block b0 into `out`: float32, or uint16 for bf16's bits
-    (only where HAS_AVX2)."""
-    head = (
+def nf4_parts(parts: Arrays) -> tuple[Any, Any, Any, Any, Any]:
+    """What every kernel that reads nf4 begins its arguments with."""
+    return (
         parts["codes"],
         parts["scale_codes"],
         parts["scale_scales"],
         parts["scale_offset"][0],
         SCALES,
     )
+
+
+def decode_nf4(parts: Arrays, r0: int, b0: int, out: np.ndarray) -> None:
+    """The window of nf4 at row r0 and block b0 into `out`: float32, or uint16 for bf16's bits
+    (only where HAS_AVX2)."""
+    head = nf4_parts(parts)
     if out.dtype == np.uint16:
         _nf4_avx2_bf16(*head, NF4_LEVELS, r0, b0, out)
     elif HAS_AVX2:

@@ -23,7 +23,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from llamaweft.weights.codecs import NF4_LEVELS
-from llamaweft.weights.kernels import HAS_AVX2, PAIRS, SCALES, Arrays
+from llamaweft.weights.kernels import HAS_AVX2, PAIRS, Arrays, nf4_parts
 
 ROWS = 32
 """Rows that a thread takes at once."""
@@ -176,14 +176,8 @@ def matvec(codec: str, parts: Arrays, x_I: np.ndarray, y_O: np.ndarray) -> None:
     if codec == "int8":
         _int8(parts["codes"], parts["scales"], x_I, y_O)
         return
-    held = (
-        parts["codes"],
-        parts["scale_codes"],
-        parts["scale_scales"],
-        parts["scale_offset"][0],
-        SCALES,
-    )
+    head = nf4_parts(parts)
     if HAS_AVX2:
-        _nf4_avx2(*held, NF4_LEVELS, _halves(x_I), y_O)
+        _nf4_avx2(*head, NF4_LEVELS, _halves(x_I), y_O)
     else:
-        _nf4_plain(*held, PAIRS, x_I, y_O)
+        _nf4_plain(*head, PAIRS, x_I, y_O)

@@ -5,26 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from test_plan import WORK
 
-from llamaweft.adapters.lora import LAYER_LINEARS
 from llamaweft.errors import UserError
-from llamaweft.model.presets import PRESETS
 from llamaweft.plan.devices import DEVICES, find_device
 from llamaweft.plan.flops import training_flops
-from llamaweft.plan.memory import Workload, schedule, solve
+from llamaweft.plan.memory import schedule, solve
 from llamaweft.plan.plan import make_plan
 from llamaweft.plan.time import Speed, StepWork, step_seconds
 
-CONFIG = PRESETS["llama3-8b"]
-WORK = Workload(
-    config=CONFIG,
-    pack_tokens=1024,
-    labels=600,
-    rank=16,
-    targets=LAYER_LINEARS,
-    compute_bytes=4,
-    runtime_bytes=600 * 2**20,
-)
+CONFIG = WORK.config
 STEP = StepWork(tokens=1000, labels=500, squares=300_000)
 SPEED = Speed(150e9, 200e9, 20e9, 0.01, "made up", measured=False)
 
