@@ -27,8 +27,8 @@ from benchmarks.sgemm import Sgemm, model_shapes
 from llamaweft.errors import RunError, UserError
 from llamaweft.model.stores import cached_store
 from llamaweft.model.tokenizer import load_tokenizer
-from llamaweft.recipe import parse_bytes
 from llamaweft.runtime import cache_dir
+from llamaweft.settings import parse_bytes
 
 BUDGETS = ("3GiB", "9GiB")
 LIMITED_BUDGET = "2.5GiB"
@@ -188,11 +188,13 @@ def bench_whole8b(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def best_whole(options: argparse.Namespace, model: Path, weights: str) -> Entry:
-    """The fastest NF4 peer that fits."""
+    """The fastest NF4 peer that fits; with --settled the first setting, untuned."""
     rings = [
         (choice, Ring(options, model, length, weights)) for choice, length in peer_choice.WHOLE
     ]
     entries = [ring.peer(choice) for choice, ring in rings]
+    if options.settled:
+        return entries[0]
     return peer_choice.fastest(entries, rings[-1][1].sgemm, rings[-1][1].logs)[0]
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from llamaweft.data import smart_home
-from llamaweft.data.chat import Document, encode
+from llamaweft.data.chat import Document, Encoder
 from llamaweft.data.formats import to_examples
 from llamaweft.data.sources import read_path
 from llamaweft.errors import UserError
@@ -106,9 +106,9 @@ def write_pieces(chats: Path, tokenizer: Any, longest: int, folder: Path) -> tup
     no pack cuts a chat. Raises UserError when no chat is that short.
     """
     rows = list(read_path(str(chats)))
+    documents = Encoder(tokenizer)(list(to_examples(rows, "chat")))
     kept, tokenised = [], []
-    for row, example in zip(rows, to_examples(rows, "chat"), strict=True):
-        document = encode(tokenizer, example)
+    for row, document in zip(rows, documents, strict=True):
         if len(document.ids) <= longest and document.trained_tokens:
             kept.append(row.content)
             tokenised.append(_labelled(document))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from llamaweft.adapters.lora import LAYER_LINEARS, LoraConfig, inject
+from llamaweft.data.chat import special_ids
 from llamaweft.data.loader import Loader
 from llamaweft.data.prepare import Preparation, Prepared
 from llamaweft.model.folder import find_folder, read_config
@@ -19,7 +20,8 @@ from llamaweft.model.load import load_causal_lm
 from llamaweft.model.pack import Pack
 from llamaweft.model.presets import LlamaConfig, parameter_count
 from llamaweft.model.stores import cached_store, open_store, own_codec, store_bytes
-from llamaweft.model.tokenizer import load_tokenizer
+from llamaweft.model.tokenizer import load_tokenizer, set_chat_template
+from llamaweft.model.untrained import untrained_tokens
 from llamaweft.plan.hardware import available_bytes
 from llamaweft.plan.memory import Schedule, Workload, solve, trained_parameter_count
 from llamaweft.recipe import Recipe
@@ -45,6 +47,9 @@ class Pieces:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+        self.on_rows: Callable[[int], None] = lambda rows: None
+        self.say: Callable[[str], None] = lambda what: None
+        """Told how many rows are prepared, and what takes long."""
 
     @cached_property
     def runtime(self) -> Runtime:
@@ -60,7 +65,10 @@ class Pieces:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.model_folder)
+        tokenizer = load_tokenizer(self.model_folder)
+        if self.recipe.data.chat_template is not None:
+            set_chat_template(tokenizer, self.recipe.data.chat_template)
+        return tokenizer
 
     @property
     def lora(self) -> LoraConfig | None:
@@ -105,7 +113,19 @@ class Pieces:
             max_length_tokens=data.max_length_tokens,
             on_too_long=data.on_too_long,
             seed=self.recipe.training.seed,
+            on_bad_row=data.on_bad_row,
+            clean=[step.model_dump() for step in data.clean],
+            allow=self.recipe.audit.allow,
+            vocab_size=self.config.vocab_size,
+            untrained=self.untrained_tokens,
+            report=self.on_rows,
+            say=self.say,
         )
+
+    @cached_property
+    def untrained_tokens(self) -> list[int]:
+        """Control tokens that the model never learnt, as base models have them."""
+        return untrained_tokens(self.model_folder, special_ids(self.tokenizer))
 
     @cached_property
     def data(self) -> Prepared:
@@ -232,7 +252,8 @@ class Pieces:
         other = copy(self)
         other.recipe = self.recipe.overridden(changes)
         kept = ("data", "runtime", "model_folder", "config", "tokenizer", "free_bytes")
-        for name in [name for name in other.__dict__ if name not in ("recipe", "planned", *kept)]:
+        always = ("recipe", "planned", "on_rows", "say")
+        for name in [name for name in other.__dict__ if name not in (*always, *kept)]:
             del other.__dict__[name]
         return other
 

@@ -16,8 +16,10 @@ from typing import Any
 
 from llamaweft.adapters.folder import load_adapter_state, read_adapter, save_adapter
 from llamaweft.adapters.lora import inject
+from llamaweft.data.audit_page import write_audit_page
 from llamaweft.data.chat import Document, stop_ids
-from llamaweft.data.formats import Example
+from llamaweft.data.example import Example
+from llamaweft.data.page_input import page_input
 from llamaweft.errors import UserError
 from llamaweft.evaluate.evaluator import Evaluator, side_by_side
 from llamaweft.evaluate.report import ReportInput, write_report
@@ -32,8 +34,9 @@ from llamaweft.plan.flops import training_flops
 from llamaweft.plan.memory import Schedule, trained_parameter_count
 from llamaweft.plan.plan import Plan
 from llamaweft.planning import plan_run
-from llamaweft.recipe import Evaluation, Recipe
+from llamaweft.recipe import Recipe
 from llamaweft.runtime import environment, seed_everything
+from llamaweft.settings import Evaluation
 from llamaweft.train.checkpoint import STATE, LoopState, complete_checkpoints
 from llamaweft.train.events import Announcer, Listener, StopRequest
 from llamaweft.train.loop import EARLY_STOPPING, FINISHED, OUT_OF_TIME, Loop, Settings
@@ -62,14 +65,14 @@ class Pipeline(Pieces):
     @cached_property
     def evaluator(self) -> Evaluator | None:
         """Measures on the held-out rows; None where nothing is held out."""
-        if not self.data.validation:
+        if not len(self.data.validation):
             return None
         return self.evaluator_on(self.data.validation, self.data.validation_documents)
 
     def evaluator_on(
         self,
-        examples: list[Example],
-        documents: list[Document],
+        examples: Sequence[Example],
+        documents: Sequence[Document],
         measuring: Evaluation | None = None,
     ) -> Evaluator:
         """Measures on these rows as the recipe says, or as `measuring` does."""
@@ -98,10 +101,19 @@ class Pipeline(Pieces):
                     for f in blocking
                 )
             )
-        if not self.data.documents:
+        if not len(self.data.documents):
             raise UserError("no row is left to train on: data.on_too_long dropped them all")
         if self.evaluator is not None:
             self.evaluator.check()
+
+    def write_audit_page(self, path: Path) -> None:
+        """The audit and the rows behind it, as a page. Raises UserError when `path` cannot be
+        written."""
+        packs = self.loader.first_packs if len(self.data.documents) else []
+        longest = self.recipe.data.max_length_tokens
+        title = ", ".join(rows.name for rows in self.recipe.data.train)
+        page = page_input(title, self.data, packs, self.tokenizer, longest)
+        write_audit_page(page, path)
 
     def train(
         self,
@@ -153,12 +165,12 @@ class Pipeline(Pieces):
             folder.unlock()
 
     def _go_on_with_schedule(self) -> None:
-        """Take the Schedule of the newest checkpoint, where the budget still allows it; kept or
-        recomputed, the numbers are the same."""
+        """Take the Schedule of the newest checkpoint, where the budget still allows it and it says
+        all that a Schedule says today; kept or recomputed, the numbers are the same."""
         for checkpoint in complete_checkpoints(self.run_folder.checkpoints)[-1:]:
             stored = read_json(checkpoint / STATE).get("schedule")
             if stored and stored["peak_bytes"] <= self.budget_bytes:
-                self.schedule = Schedule.from_dict(stored)
+                self.schedule = Schedule.from_dict(stored) or self.schedule
 
     def plan(self) -> Plan:
         """Memory, time and decisions, before the start."""

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llamaweft.data.chat import prompt_ids, stop_ids
+from llamaweft.data.chat import Encoder, stop_ids
 from llamaweft.data.formats import Example
 from llamaweft.errors import UserError
 from llamaweft.files import write_text
@@ -91,9 +91,10 @@ def _advance(progress: Progress, before: int, total: int, count: int) -> None:
 
 def _encoded(subject: Subject, prompts: Sequence[Example]) -> list[list[int]]:
     context = subject.model.config.max_position_embeddings
+    encoder = Encoder(subject.pipeline.tokenizer)
     found = []
     for prompt in prompts:
-        ids = prompt_ids(subject.pipeline.tokenizer, list(prompt.messages), prompt.where)
+        ids = encoder.prompt_ids(prompt)
         if len(ids) >= context:
             raise UserError(
                 f"{prompt.where}: the prompt has {len(ids)} tokens, and the model's context of "

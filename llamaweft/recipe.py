@@ -10,195 +10,25 @@ import difflib
 import io
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedBase
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from llamaweft.errors import UserError
-
-METRICS = ("loss", "perplexity", "exact_match", "f1", "json_valid", "field_f1")
-"""Metrics that `evaluation.metrics` may name."""
-
-_UNITS = {"": 1, "B": 1} | {
-    prefix + suffix: base**power
-    for power, prefix in enumerate("KMGT", start=1)
-    for suffix, base in (("iB", 1024), ("B", 1000))
-}
-
-
-def parse_bytes(value: object) -> object:
-    """`8GiB`, `500MB` or a plain number of bytes -> int. Raises ValueError for another unit."""
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-    if match is None or match[2] not in _UNITS:
-        raise ValueError("write a size as 8GiB, 512MiB, 6GB or a number of bytes")
-    return int(float(match[1]) * _UNITS[match[2]])
-
-
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=False)
-
-
-_HUB_ONLY = ("config", "split", "revision")
-_NOT_WITH_FRACTION = ("format", "columns")
-"""Keys of rows that would be ignored: refused where given, left out of a dump."""
-
-
-class Rows(Section):
-    """Where rows come from and how they are read."""
-
-    path: str | None = Field(None, description="file of rows: .jsonl .json .csv .tsv .parquet")
-    hub: str | None = Field(None, description="data set on a hub: owner/name")
-    config: str | None = Field(None, description="configuration of the hub data set")
-    split: str = Field("train", description="split of the hub data set")
-    revision: str | None = Field(None, description="revision of the hub data set")
-    format: Literal["auto", "messages", "prompt_completion", "alpaca", "text"] = Field(
-        "auto", description="shape of the rows; auto recognises it"
-    )
-    columns: dict[str, str] | None = Field(
-        None, description="our column name -> the name it has in the file"
-    )
-
-    @property
-    def name(self) -> str:
-        return self.path or f"hub:{self.hub}"
-
-    @model_validator(mode="after")
-    def _one_place(self) -> Rows:
-        if not isinstance(self, Validation) and (self.path is None) == (self.hub is None):
-            raise ValueError("give either path or hub")
-        for key in _HUB_ONLY:
-            if self.hub is None and key in self.model_fields_set:
-                raise ValueError(f"{key} is a hub data set's and would be ignored here; remove it")
-        return self
-
-
-class TrainRows(Rows):
-    weight: float = Field(
-        1.0, gt=0, description="how often each row is seen in an epoch; 0.5 draws half of them"
-    )
-
-
-class Validation(Rows):
-    fraction: float | None = Field(
-        None, gt=0, lt=1, description="share of the training rows to hold out"
-    )
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Validation:
-        if sum(value is not None for value in (self.path, self.hub, self.fraction)) != 1:
-            raise ValueError("give exactly one of fraction, path and hub")
-        for key in _NOT_WITH_FRACTION:
-            if self.fraction is not None and key in self.model_fields_set:
-                raise ValueError(f"{key} would be ignored beside fraction; remove one of them")
-        return self
-
-
-def _as_list(value: object) -> object:
-    """`train: chats.jsonl` and `train: {path: ...}` mean a list of one."""
-    values = value if isinstance(value, list) else [value]
-    return [{"path": v} if isinstance(v, str) else v for v in values]
-
-
-class Data(Section):
-    """What is learnt from."""
-
-    train: Annotated[list[TrainRows], BeforeValidator(_as_list)] = Field(
-        min_length=1, description="rows to learn from"
-    )
-    validation: Validation | None = Field(
-        Validation(fraction=0.05), description="held-out rows; null holds nothing out"
-    )
-    max_length_tokens: int = Field(2048, ge=2, description="longest document in tokens")
-    on_too_long: Literal["split", "drop", "truncate"] | None = Field(
-        None, description="what to do with a longer one; left out, it is an error"
-    )
-    train_on: Literal["assistant", "last", "all"] = Field(
-        "assistant", description="which turns are trained: assistant, last (answer) or all"
-    )
-
-
-class Adapter(Section):
-    """What is trained: a low-rank adapter, or the whole model."""
-
-    method: Literal["lora", "none"] = Field(
-        "lora", description="lora, or none for full fine-tuning"
-    )
-    r: int = Field(16, ge=1, description="rank")
-    lora_alpha: float = Field(32, gt=0, description="scale: lora_alpha / r")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before lora_A")
-    use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) instead")
-    target_modules: Literal["all-linear"] | list[str] = Field(
-        "all-linear", description="all-linear (every layer's), or names such as [q_proj, v_proj]"
-    )
-
-
-class Training(Section):
-    """The loop. `step` is an optimizer step."""
-
-    optimizer: Literal["adamw", "adamw_8bit"] = Field(
-        "adamw", description="adamw, or adamw_8bit: its state in a quarter of the bytes"
-    )
-    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate")
-    num_train_epochs: float = Field(1, gt=0, description="passes over the training rows")
-    max_steps: int | None = Field(
-        None, ge=1, description="optimizer steps; when set it alone decides the length"
-    )
-    max_seconds: float | None = Field(
-        None, gt=0, description="stop in time to be done after so many seconds, with all saved"
-    )
-    micro_batch_tokens: int = Field(2048, ge=8, description="tokens computed at once: a pack")
-    gradient_accumulation_steps: int = Field(4, ge=1, description="packs in an optimizer step")
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="shape of the learning rate after the warm-up"
-    )
-    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of steps that warm up")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="clip the gradient to this norm")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled decay of matrices")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second moment")
-    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
-    compute_dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="dtype of the matrix products; auto takes what the device is fast in"
-    )
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda")
-    memory_budget: Bytes | None = Field(
-        None, description="peak anonymous memory of the process, e.g. 8GiB; default: what is free"
-    )
-    checkpoint_every_steps: int = Field(100, ge=1, description="steps between checkpoints")
-    save_total_limit: int = Field(2, ge=1, description="newest checkpoints kept")
-    keep_activations: Literal["compute", "bf16"] = Field(
-        "compute",
-        description="dtype of what is kept for the backward pass; bf16 changes the numbers",
-    )
-    report_to: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
-        [], description="trackers to write to besides metrics.jsonl"
-    )
-    seed: int = Field(0, ge=0, description="seed of everything random")
-
-
-class Evaluation(Section):
-    """Measuring on held-out rows."""
-
-    every_steps: int | None = Field(
-        50, ge=1, description="steps between validations; null: only before and after"
-    )
-    metrics: list[Literal[METRICS]] = Field(  # type: ignore[valid-type]
-        ["loss"], min_length=1, description=f"of {' '.join(METRICS)}; the first picks the best"
-    )
-    early_stopping_patience: int | None = Field(
-        3, ge=1, description="stop after this many validations without gain; null: never"
-    )
-    max_rows: int = Field(200, ge=1, description="held-out rows used for answers, at most")
-    max_new_tokens: int = Field(256, ge=1, description="longest answer in tokens")
+from llamaweft.settings import (
+    HUB_ONLY,
+    NOT_WITH_FRACTION,
+    Adapter,
+    AuditSettings,
+    Data,
+    Evaluation,
+    Section,
+    Training,
+)
 
 
 class Recipe(Section):
@@ -209,6 +39,7 @@ class Recipe(Section):
     )
     task: Literal["chat", "text"] = Field("chat", description="what is learnt")
     data: Data = Field(description="what is learnt from")
+    audit: AuditSettings = Field(AuditSettings(), description="the audit of the data")
     adapter: Adapter = Field(Adapter(), description="what is trained")
     base_weights: Literal["auto", "nf4", "int8", "bf16", "fp32"] = Field(
         "auto", description="how frozen weights are held; auto: as computed with, or nf4 if large"
@@ -239,8 +70,9 @@ class Recipe(Section):
                 "remove one of them"
             )
         if self.task == "text":
-            if "train_on" in self.data.model_fields_set:
-                raise ValueError("task: text trains every token; remove data.train_on")
+            for key in ("train_on", "chat_template"):
+                if key in self.data.model_fields_set:
+                    raise ValueError(f"task: text has no turns; remove data.{key}")
             for metric in set(self.evaluation.metrics) - {"loss", "perplexity"}:
                 raise ValueError(f"evaluation.metrics: {metric} needs answers; task: text has none")
         return self
@@ -302,13 +134,23 @@ class Recipe(Section):
         """The resolved recipe as YAML: every key, local paths made absolute."""
         tree = self.model_dump(mode="json")
         for rows in [*tree["data"]["train"], tree["data"]["validation"] or {}]:
-            rows["path"] = _absolute(rows.get("path"))
-            ignored: tuple[str, ...] = () if rows.get("hub") else _HUB_ONLY
-            ignored += _NOT_WITH_FRACTION if rows.get("fraction") else ()
+            path = rows.get("path")
+            rows["path"] = (
+                [_absolute(p) for p in path] if isinstance(path, list) else _absolute(path)
+            )
+            ignored: tuple[str, ...] = () if rows.get("hub") else HUB_ONLY
+            ignored += NOT_WITH_FRACTION if rows.get("fraction") else ()
             for key in [key for key, value in rows.items() if value is None or key in ignored]:
                 del rows[key]
+        for step in tree["data"]["clean"]:
+            for key in [key for key, value in step.items() if value is None]:
+                del step[key]
+            if "against" in step:
+                step["against"] = _absolute(step["against"])
+        tree["data"]["chat_template"] = _absolute(tree["data"]["chat_template"])
         if self.task == "text":
-            del tree["data"]["train_on"]
+            for key in ("train_on", "chat_template"):
+                del tree["data"][key]
         tree["model"] = _absolute(tree["model"])
         if self.adapter.method == "none":
             tree["adapter"] = {"method": "none"}
@@ -461,10 +303,15 @@ def describe(section: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, s
     """Every key, dotted, with its one-line description and default: what `--help` prints."""
     table: dict[str, str] = {}
     for name, field in section.model_fields.items():
-        inner = next((t for t in _types_in(field.annotation) if issubclass(t, Section)), None)
-        if inner is not None:
-            table |= describe(inner, f"{prefix}{name}.")
+        inner = [t for t in _types_in(field.annotation) if issubclass(t, Section)]
+        if len(inner) == 1:
+            table |= describe(inner[0], f"{prefix}{name}.")
             continue
+        if "step" in section.model_fields and name == "step":
+            continue
+        for step in inner:  # one of several kinds, told apart by its key `step`
+            (kind,) = get_args(step.model_fields["step"].annotation)
+            table |= describe(step, f"{prefix}{name}.{kind}.")
         default = "" if field.is_required() else f" [{_show(field.default)}]"
         table[f"{prefix}{name}"] = f"{field.description}{default}"
     return table

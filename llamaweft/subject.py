@@ -26,8 +26,12 @@ from llamaweft.model.folder import base_name
 from llamaweft.model.llama import LlamaForCausalLM
 from llamaweft.model.stores import own_codec
 from llamaweft.pipeline import Pipeline, open_run
-from llamaweft.recipe import METRICS, Evaluation, Recipe, Rows
+from llamaweft.recipe import Recipe
+from llamaweft.settings import METRICS, Evaluation, Rows
 from llamaweft.train.run_folder import write_json
+
+SYSTEM_ROWS = 1000
+"""The system message that so many rows begin with is the usual one."""
 
 PARITY_TOKENS = 512
 """An export is proven on documents of at most so many tokens."""
@@ -42,7 +46,7 @@ class Subject:
     model: LlamaForCausalLM
 
     def measure(
-        self, examples: list[Example], measuring: Evaluation, progress: Progress | None
+        self, examples: Sequence[Example], measuring: Evaluation, progress: Progress | None
     ) -> dict[str, Any]:
         """{"metrics", "answers"} on these rows."""
         documents = self.pipeline.preparation.held_out(examples)
@@ -54,7 +58,7 @@ class Subject:
         """The system message that all rows of a run have in common, if they do."""
         if open_run(self.name) is None:
             return None
-        examples = self.pipeline.preparation.read(self.pipeline.recipe.data.train[0])
+        examples = self.pipeline.data.examples[:SYSTEM_ROWS]
         if not all(_has_system(example) for example in examples):
             return None
         said = {example.messages[0]["content"] for example in examples}
@@ -139,7 +143,7 @@ def compare_subjects(
     return side_by_side(other.measure(examples, wanted, progress), measured)
 
 
-def _rows(pipeline: Pipeline, data: str | None) -> list[Example]:
+def _rows(pipeline: Pipeline, data: str | None) -> Sequence[Example]:
     if data is not None:
         return pipeline.preparation.read(Rows(path=data))
     if not pipeline.data.validation:

@@ -13,7 +13,8 @@ ALLOWED = {
     "errors": set(),
     "files": set(),
     "prefixes": set(),
-    "recipe": set(),
+    "recipe": {"settings"},
+    "settings": set(),
     "runtime": set(),
     "weights": {"runtime"},
     "model": {"runtime", "weights", "prefixes"},
@@ -27,11 +28,11 @@ ALLOWED = {
     "pieces": {"recipe", "runtime", "weights", "model", "adapters", "data", "plan", "train"},
     "planning": {"pieces", "recipe", "runtime", "weights", "plan"},
     "pipeline": {
-        "pieces", "planning", "recipe", "runtime", "weights", "model", "adapters", "data", "plan", "train",
+        "pieces", "planning", "recipe", "settings", "runtime", "weights", "model", "adapters", "data", "plan", "train",
         "generate", "evaluate", "export",
     },
     "subject": {
-        "pipeline", "pieces", "recipe", "runtime", "weights", "model", "adapters", "data", "plan", "train",
+        "pipeline", "pieces", "recipe", "settings", "runtime", "weights", "model", "adapters", "data", "plan", "train",
         "generate", "evaluate", "export",
     },
     "predictions": {"subject", "data", "generate"},

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.text import Text
 
-from llamaweft.cli.terminal import JsonFlag, facts, out, print_json, table
+from llamaweft.cli.terminal import JsonFlag, facts, out, preparing, print_json, say, table
 from llamaweft.recipe import Recipe
 
 app = typer.Typer(
@@ -34,6 +34,8 @@ def show(
     from llamaweft.pipeline import Pipeline
 
     pipeline = Pipeline(Recipe.load(recipe, overrides or []))
+    with preparing(pipeline):
+        documents = pipeline.data.documents[start - 1 : start - 1 + rows]
     shown = [
         {
             "where": document.where,
@@ -41,7 +43,7 @@ def show(
             "tokens": [pipeline.tokenizer.decode([token]) for token in document.ids.tolist()],
             "trained": (document.weights > 0).tolist(),
         }
-        for document in pipeline.data.documents[start - 1 : start - 1 + rows]
+        for document in documents
     ]
     if json_output:
         print_json(shown)
@@ -70,32 +72,52 @@ def _coloured(tokenizer: Any, row: dict[str, Any]) -> Text:
 
 
 @app.command()
-def audit(recipe: RecipePath, overrides: Overrides = None, json_output: JsonFlag = False) -> None:
+def audit(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with the rows, to look at and search.")
+    ] = None,
+    json_output: JsonFlag = False,
+) -> None:
     """What will be learnt, and mistakes in it. Exits with 2 when a finding blocks training."""
     from llamaweft.pipeline import Pipeline
 
-    found = Pipeline(Recipe.load(recipe, overrides or [])).data.audit
+    pipeline = Pipeline(Recipe.load(recipe, overrides or []))
+    with preparing(pipeline):
+        found = pipeline.data.audit
     if json_output:
         print_json(found.to_dict())
     else:
         print_audit(found.to_dict())
+    if html is not None:
+        pipeline.write_audit_page(html)
+        say(f"wrote {html}")
     if found.blocking:
         raise typer.Exit(2)
 
 
 def print_audit(content: dict[str, Any]) -> None:
     rows, tokens, trained = content["rows"], content["tokens"], content["trained_tokens"]
+    share = trained / tokens if tokens else 0
     out.print(
         facts(
             "The data",
             {
                 "rows": f"{rows:,} to learn from, {content['validation_rows']:,} held out",
-                "tokens": f"{tokens:,}, {trained:,} of them trained ({trained / tokens:.0%}), "
-                f"the longest row has {content['longest_tokens']:,}",
+                "tokens": f"{tokens:,}, {trained:,} of them trained ({share:.0%})",
+                "in a row": _quantiles(content["lengths_tokens"]),
+                "trained in a row": _quantiles(content["trained_tokens_per_row"]),
             },
         )
     )
-    styles = {"passed": "green", "warning": "yellow", "blocking": "bold red"}
+    if content["cleaning"]:
+        cleaned = table("Cleaning", "step", "removed", "changed", "where")
+        for step in content["cleaning"]:
+            where = escape("; ".join(step["examples"][:2]))
+            cleaned.add_row(step["step"], f"{step['count']:,}", f"{step['changed']:,}", where)
+        out.print(cleaned)
+    styles = {"passed": "green", "warning": "yellow", "allowed": "yellow", "blocking": "bold red"}
     findings = table("The audit", "check", "", "rows", "where and what to do")
     for finding in content["findings"]:
         style = styles[finding["status"]]
@@ -108,3 +130,7 @@ def print_audit(content: dict[str, Any]) -> None:
             escape(note),
         )
     out.print(findings)
+
+
+def _quantiles(values: dict[str, int]) -> str:
+    return ", ".join(f"{name} {value:,}" for name, value in values.items()) + " tokens"

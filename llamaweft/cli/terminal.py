@@ -78,6 +78,19 @@ def counted(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: p.update(task, completed=done, total=total)
 
 
+@contextmanager
+def preparing(pipeline: Any) -> Iterator[None]:
+    """A count on stderr of the rows that a pipeline prepares, gone when it is done."""
+    with Progress(
+        TextColumn("preparing rows"), TextColumn("{task.completed:,.0f}"), TimeElapsedColumn(),
+        console=err, transient=True,
+    ) as progress:  # fmt: skip
+        task = progress.add_task("", total=None)
+        pipeline.on_rows = lambda rows: progress.update(task, completed=rows)
+        pipeline.say = lambda what: progress.console.print(f"[dim]{escape(what)}[/dim]")
+        yield
+
+
 class TrainingProgress:
     """A listener and a counter of answers: bars on stderr with step, loss, rate, time left."""
 
@@ -94,6 +107,7 @@ class TrainingProgress:
         )
         self._training: TaskID | None = None
         self._answers: TaskID | None = None
+        self._rows: TaskID | None = None
 
     def __enter__(self) -> TrainingProgress:
         self._progress.start()
@@ -108,6 +122,9 @@ class TrainingProgress:
     def __call__(self, event: Event) -> None:
         match event:
             case Started():
+                if self._rows is not None:
+                    self._progress.remove_task(self._rows)
+                    self._rows = None
                 self._training = self._progress.add_task(
                     "training", total=event.total_steps, completed=event.step, note=""
                 )
@@ -120,6 +137,12 @@ class TrainingProgress:
                 self.say(f"step {event.step} on held-out rows: {values}{best}")
             case Ended(reason=reason) if reason != "finished":
                 self.say(f"ended after step {event.step}: {reason}")
+
+    def rows(self, done: int) -> None:
+        """Told how many rows are prepared."""
+        if self._rows is None:
+            self._rows = self._progress.add_task("preparing rows", total=None, note="")
+        self._progress.update(self._rows, completed=done)
 
     def answers(self, done: int, total: int) -> None:
         """Told how many answers of an evaluation are written."""

@@ -78,6 +78,7 @@ def run_with_progress(pipeline: Any, *, resume: bool = False) -> dict[str, Any]:
     try:
         with TrainingProgress() as progress:
             first_lines_said = False
+            pipeline.on_rows, pipeline.say = progress.rows, progress.say
 
             def say(text: str) -> None:
                 nonlocal first_lines_said

@@ -1,34 +1,76 @@
 """The audit: mistakes in data that look like healthy runs, found before the first step.
 
-A check passes, warns or blocks. What blocks stops `train`.
+A check passes, warns or blocks. What blocks stops `train`, unless the recipe's `audit.allow` names
+it.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from llamaweft.data.chat import Document, Tokenizer, special_ids, stop_ids
-from llamaweft.data.formats import Example
+from llamaweft.data.duplicates import repeated
+from llamaweft.data.observe import Flag
+from llamaweft.data.store import StoredRows
 
 EXAMPLES_SHOWN = 5
 
-_PERSONAL = re.compile(
-    r"[\w.+-]+@[\w-]+\.[a-z]{2,}"  # mail address
-    r"|(?<![\w.])\+?\d{1,3}[ -]?\(?\d{2,4}\)?(?:[ -]\d{2,4}){2,3}(?!\w)"  # telephone number
-    r"|\b(?:sk|ghp|hf|xox[bp]|AKIA)[-_]?[A-Za-z0-9]{16,}\b",  # keys
-    re.IGNORECASE,
+FEW_ANSWERS, MANY_ROWS, ONE_SIDED = 20, 50, 0.9
+"""Labels are told by their few different answers over many rows; one answer for nearly all of them
+is learnt without looking at the question."""
+
+BLOCKING = (
+    "role_order",
+    "empty_answer",
+    "no_trained_token",
+    "untrained_end_of_turn",
+    "begin_of_text",
+    "out_of_vocabulary",
+    "untrained_token",
+    "validation_leak",
+    "too_long",
 )
+"""Checks that stop `train`."""
+
+REMEDIES = {
+    "unreadable_rows": "passed over, as data.on_bad_row: skip says",
+    "role_order": "roles must be: one optional system, then user and assistant in turn",
+    "empty_answer": "an assistant message is empty; fill or remove it",
+    "no_trained_token": "nothing in the row would be learnt; give it an assistant answer or remove "
+    "it",
+    "untrained_end_of_turn": "the model would not learn to stop; the chat template must end an "
+    "answer with a special token",
+    "begin_of_text": "begin of text is missing or doubled; the chat template and the row must "
+    "write it once",
+    "out_of_vocabulary": "a token that the model has no embedding for; tokenizer and model do not "
+    "belong together",
+    "untrained_token": "a control token that the model never learnt, as base models have them; use "
+    "the instruct model, or data.chat_template with tokens that were trained",
+    "validation_leak": "the row is in the validation rows too, or nearly; remove it on one side, "
+    "as data.clean with the step leakage does",
+    "validation_overlap": "shares 13 words in a row with the answer of a validation row",
+    "too_long": "longer than data.max_length_tokens: {max_length_tokens}, so an answer would be "
+    "cut; raise it or set data.on_too_long to split, drop or truncate",
+    "duplicate": "the row is there more than once; data.clean with the step duplicates removes it",
+    "control_token_text": "a message holds the text of a control token; it is read as plain text",
+    "content_changed": "the chat template alters what a message says, white space included",
+    "label_balance": "nearly all rows have the same answer: {answer}",
+    "padding_is_end": "padding and end token are the same; harmless here, since nothing is padded "
+    "and the end of turn is trained",
+    "personal_data": "looks like a mail address, a telephone number or a key; look before you "
+    "train on it",
+}
+"""What is wrong and what to do, in the order in which checks are shown."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check. status: passed, warning or blocking. count, share: rows it found, of all.
-    examples: where the first of them are. remedy: what is wrong and what to do."""
+    """One check. status: passed, warning, blocking, or allowed (by the recipe). count, share: rows
+    it found, of all. examples: where the first of them are. remedy: what is wrong and what to
+    do."""
 
     check: str
     status: str
@@ -40,14 +82,18 @@ class Finding:
 
 @dataclass(frozen=True)
 class Audit:
-    """The findings, and what will be learnt in numbers."""
+    """The findings, what was removed before (`cleaning`), and what will be learnt in numbers.
+    lengths_tokens, trained_tokens_per_row: quantiles by name."""
 
     findings: list[Finding]
+    cleaning: list[dict[str, Any]]
     rows: int
     validation_rows: int
     tokens: int
     trained_tokens: int
     longest_tokens: int
+    lengths_tokens: dict[str, int]
+    trained_tokens_per_row: dict[str, int]
 
     @property
     def blocking(self) -> list[Finding]:
@@ -57,135 +103,105 @@ class Audit:
         return asdict(self) | {"passed": not self.blocking}
 
 
+@dataclass(frozen=True)
+class Material:
+    """What is audited: rows of a store, before `on_too_long` is applied.
+
+    leaks, overlaps: rows that a held-out row is in, as a whole or nearly, or in part.
+    """
+
+    stored: StoredRows
+    rows_N: np.ndarray
+    held_keys: np.ndarray
+    leaks: Collection[int]
+    overlaps: Collection[int]
+    cleaning: list[dict[str, Any]]
+    bad_rows: int
+    bad_examples: list[str]
+    padding_is_end: str | None
+
+
+def rows_by_check(material: Material, max_length_tokens: int) -> dict[str, np.ndarray]:
+    """For each check, the rows of the store that it finds."""
+    rows_N, table = material.rows_N, material.stored.table[material.rows_N]
+    leak_N = np.isin(table["key"], material.held_keys) | np.isin(rows_N, list(material.leaks))
+    masks = {
+        str(flag.name).lower(): (table["flags"] & flag) > 0
+        for flag in Flag
+        if flag is not Flag.NEAR_DUPLICATE
+    }
+    masks |= {
+        "no_trained_token": table["trained"] == 0,
+        "validation_leak": leak_N,
+        "validation_overlap": np.isin(rows_N, list(material.overlaps)) & ~leak_N,
+        "too_long": table["tokens"] > max_length_tokens,
+        "duplicate": repeated(table["key"]),
+        "label_balance": _one_sided(table["answer"]),
+    }
+    return {check: rows_N[mask] for check, mask in masks.items()}
+
+
 def audit(
-    tokenizer: Tokenizer,
-    examples: list[Example],
-    documents: list[Document],
-    validation: list[Example],
+    material: Material,
+    found: dict[str, np.ndarray],
     *,
     max_length_tokens: int,
     on_too_long: str | None,
+    allow: Collection[str] = (),
+    decode: Callable[[Sequence[int]], str] = str,
 ) -> Audit:
-    """Check the training rows against each other, the tokenizer and the held-out rows.
+    """What `rows_by_check` found, judged. decode: token ids to text, to show an answer."""
+    stored, count = material.stored, len(material.rows_N)
+    table = stored.table[material.rows_N]
+    words = {"max_length_tokens": max_length_tokens, "answer": ""}
+    if len(found["label_balance"]):
+        document = stored.document(int(found["label_balance"][0]))
+        words["answer"] = repr(decode(document.ids[document.weights > 0].tolist())[:60])
 
-    `documents` are those of `examples`, before `on_too_long` is applied.
-    """
-    rows = len(documents)
-    held_out = {example.key for example in validation}
-    stops, special = stop_ids(tokenizer), special_ids(tokenizer)
-    begin = _begin_of_text(tokenizer)
-    seen: set[str] = set()
+    def finding(check: str, rows: int, examples: list[str]) -> Finding:
+        blocks = check in BLOCKING and not (check == "too_long" and on_too_long)
+        status = ("allowed" if check in allow else "blocking") if blocks else "warning"
+        remedy = REMEDIES[check].format(**words)
+        share = min(1.0, rows / max(1, count))
+        return Finding(check, status if rows else "passed", rows, share, examples, remedy)
 
-    def repeats(example: Example) -> bool:
-        known = example.key in seen
-        seen.add(example.key)
-        return known
-
-    def finding(check: str, found: Iterable[str], remedy: str, status: str = "blocking") -> Finding:
-        where = list(found)
-        status = status if where else "passed"
-        return Finding(check, status, len(where), len(where) / rows, where[:EXAMPLES_SHOWN], remedy)
-
-    chats = [example for example in examples if example.text is None]
-    findings = [
-        finding(
-            "role_order",
-            (e.where for e in chats if not _roles_in_order(e)),
-            "roles must be: one optional system, then user and assistant in turn",
-        ),
-        finding(
-            "empty_answer",
-            (e.where for e in chats if any(_is_empty_answer(m) for m in e.messages)),
-            "an assistant message is empty; fill or remove it",
-        ),
-        finding(
-            "no_trained_token",
-            (d.where for d in documents if d.trained_tokens == 0),
-            "nothing in the row would be learnt; give it an assistant answer or remove it",
-        ),
-        finding(
-            "untrained_end_of_turn",
-            (d.where for d in documents if d.trained_tokens and not _ends_with(d, stops, special)),
-            "the model would not learn to stop; the chat template must end an answer with a "
-            "special token",
-        ),
-        finding(
-            "begin_of_text",
-            (d.where for d in documents if not _begins_once(d, begin, tokenizer.bos_token_id)),
-            "begin of text is missing or doubled; the chat template and the row must write it once",
-        ),
-        finding(
-            "validation_leak",
-            (e.where for e in examples if e.key in held_out),
-            "the row is in the validation rows too; remove it on one side",
-        ),
-        finding(
-            "too_long",
-            (d.where for d in documents if len(d.ids) > max_length_tokens),
-            f"longer than data.max_length_tokens: {max_length_tokens}, so an answer would be cut; "
-            "raise it or set data.on_too_long to split, drop or truncate",
-            "warning" if on_too_long else "blocking",
-        ),
-        finding(
-            "duplicate",
-            (e.where for e in examples if repeats(e)),
-            "the row is there more than once",
-            "warning",
-        ),
-        finding(
-            "padding_is_end",
-            [tokenizer.name_or_path] if _padding_is_end(tokenizer, stops) else [],
-            "padding and end token are the same; harmless here, since nothing is padded",
-            "warning",
-        ),
-        finding(
-            "personal_data",
-            (e.where for e in examples if _PERSONAL.search(e.key)),
-            "looks like a mail address, a telephone number or a key; look before you train on it",
-            "warning",
-        ),
-    ]
+    padding = [] if material.padding_is_end is None else [material.padding_is_end]
+    of_all = {
+        "unreadable_rows": finding("unreadable_rows", material.bad_rows, material.bad_examples),
+        "padding_is_end": finding("padding_is_end", len(padding), padding),
+    }
+    findings = []
+    for check in REMEDIES:
+        rows = found.get(check, ())
+        where = [stored.where(int(row)) for row in rows[:EXAMPLES_SHOWN]]
+        findings.append(of_all.get(check) or finding(check, len(rows), where))
     return Audit(
         findings=findings,
-        rows=rows,
-        validation_rows=len(validation),
-        tokens=sum(len(d.ids) for d in documents),
-        trained_tokens=sum(d.trained_tokens for d in documents),
-        longest_tokens=max((len(d.ids) for d in documents), default=0),
+        cleaning=material.cleaning,
+        rows=count,
+        validation_rows=len(material.held_keys),
+        tokens=int(table["tokens"].sum(dtype=np.int64)),
+        trained_tokens=int(table["trained"].sum(dtype=np.int64)),
+        longest_tokens=int(table["tokens"].max(initial=0)),
+        lengths_tokens=_quantiles(table["tokens"]),
+        trained_tokens_per_row=_quantiles(table["trained"]),
     )
 
 
-def _roles_in_order(example: Example) -> bool:
-    roles = [message["role"] for message in example.messages]
-    if roles and roles[0] == "system":
-        roles = roles[1:]
-    expected = ("user", "assistant")
-    return bool(roles) and all(role == expected[i % 2] for i, role in enumerate(roles))
+def _one_sided(answers_N: np.ndarray) -> np.ndarray:
+    """A mask of the rows whose answer nearly all others give too, where answers are labels."""
+    none = np.zeros(len(answers_N), bool)
+    if len(answers_N) < MANY_ROWS:
+        return none
+    values, counts = np.unique(answers_N, return_counts=True)
+    most = int(counts.argmax())
+    if len(values) > FEW_ANSWERS or counts[most] < ONE_SIDED * len(answers_N):
+        return none
+    return answers_N == values[most]
 
 
-def _is_empty_answer(message: dict[str, str]) -> bool:
-    return message["role"] == "assistant" and not message["content"].strip()
-
-
-def _ends_with(document: Document, stops: set[int], special: set[int]) -> bool:
-    """Whether the last trained token ends a turn. With `train_on: all` white space may follow."""
-    trained = document.ids[np.flatnonzero(document.weights)]
-    tail = [int(token) for token in trained[-3:] if int(token) in special]
-    return bool(tail) and tail[-1] in stops
-
-
-def _begin_of_text(tokenizer: Tokenizer) -> bool:
-    """Whether this tokenizer puts a begin-of-text token before plain text."""
-    ids = tokenizer("a")["input_ids"]
-    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
-
-
-def _begins_once(document: Document, expected: bool, bos: int | None) -> bool:
-    if bos is None:
-        return True
-    first = [int(token) for token in document.ids[:2]]
-    return first != [bos, bos] and (not expected or first[:1] == [bos])
-
-
-def _padding_is_end(tokenizer: Tokenizer, stops: set[int]) -> bool:
-    return tokenizer.pad_token_id is not None and tokenizer.pad_token_id in stops
+def _quantiles(values_N: np.ndarray) -> dict[str, int]:
+    if not len(values_N):
+        return {}
+    shares = {"least": 0.0, "median": 0.5, "p90": 0.9, "p99": 0.99, "most": 1.0}
+    return {name: int(np.quantile(values_N, share)) for name, share in shares.items()}

@@ -1,19 +1,22 @@
 """From examples to documents: token ids, and how much each token counts as a target.
 
-The chat template is the tokenizer's own, rendered by transformers. Which tokens are an
-assistant's is read from the template itself: what a turn adds to the text before it.
+Text is tokenised whole, in batches, by the tokenizer's Rust core, which uses every core and lets
+Python work meanwhile: so rendering, tokenising and what follows are three calls.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jinja2.exceptions import TemplateError
 
-from llamaweft.data.formats import Example, Message
-from llamaweft.errors import UserError
+from llamaweft.data.example import Example
+from llamaweft.data.template import ChatTemplate, Rendered, Span, control_pattern, special_texts
+from llamaweft.data.tokens import Tokens, tokens_of, without_control
 
 Tokenizer = Any
 """A transformers fast tokenizer."""
@@ -21,97 +24,134 @@ Tokenizer = Any
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """ids (int32) and weights (float32: 0 = context, 1 = trained), both of the same length."""
+    """ids (int32) and weights (float32: 0 = context, above = trained), both of the same length.
+    where: the row it comes from."""
 
     ids: np.ndarray
     weights: np.ndarray
     where: str
-    key: str
 
     @property
     def trained_tokens(self) -> int:
         return int(np.count_nonzero(self.weights[1:]))
 
+    def part(self, start: int, stop: int) -> Document:
+        """Tokens [start, stop)."""
+        return Document(self.ids[start:stop], self.weights[start:stop], self.where)
 
-def encode(tokenizer: Tokenizer, example: Example, train_on: str = "assistant") -> Document:
-    """Tokenise an example. `train_on`: assistant (every answer), last (the last answer) or all.
 
-    An answer is trained together with its end-of-turn token, not with white space after it.
-    Raises UserError when the template cannot render the row.
+class Encoder:
+    """Tokenises examples. train_on: assistant (every answer), last (the last answer) or all.
+
+    An answer is trained together with its end-of-turn token, not with white space after it; as
+    much as its message's `weight` says. What a person wrote is never read as a control token.
     """
-    if example.text is not None:
-        return _encode_text(tokenizer, example)
-    text = render(tokenizer, example.messages, example.where)
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids = np.asarray(encoding["input_ids"], dtype=np.int32)
-    if train_on == "all":
-        return Document(ids, np.ones(len(ids), np.float32), example.where, example.key)
-    offsets = np.asarray(encoding["offset_mapping"], dtype=np.int64)
-    starts, ends = offsets[:, 0], offsets[:, 1]
-    special = special_ids(tokenizer)
-    weights = np.zeros(len(ids), np.float32)
-    answers = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
-    for index in answers[-1:] if train_on == "last" else answers:
-        start, end = _answer_span(tokenizer, example, text, index)
-        # A token that begins in the header is part of the prompt when the model answers.
-        first = int(np.searchsorted(starts, start, side="left"))
-        last = int(np.searchsorted(ends, end, side="right"))
-        closing = [token for token in range(first, last) if int(ids[token]) in special]
-        if closing and not text[ends[closing[-1]] : end].strip():
-            last = closing[-1] + 1
-        weights[first:last] = 1
-    return Document(ids, weights, example.where, example.key)
 
+    def __init__(self, tokenizer: Tokenizer, train_on: str = "assistant") -> None:
+        self.tokenizer, self.train_on = tokenizer, train_on
+        self.core = tokenizer.backend_tokenizer
+        self.special = special_ids(tokenizer)
+        self._control = control_pattern(tokenizer)
+        self._firsts = {name[0] for name in special_texts(tokenizer)}
 
-def _encode_text(tokenizer: Tokenizer, example: Example) -> Document:
-    ids = tokenizer(example.text)["input_ids"]
-    if ids and tokenizer.eos_token_id is not None and ids[-1] != tokenizer.eos_token_id:
-        ids = [*ids, tokenizer.eos_token_id]
-    weights = np.ones(len(ids), np.float32)
-    return Document(np.asarray(ids, dtype=np.int32), weights, example.where, example.key)
+    @cached_property
+    def template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer)
 
+    def __call__(self, examples: Sequence[Example]) -> list[Document]:
+        """Raises UserError when the template refuses a row."""
+        texts = self.render(examples)
+        return self.documents(examples, texts, self.tokenise(texts))
 
-def _answer_span(tokenizer: Tokenizer, example: Example, text: str, index: int) -> tuple[int, int]:
-    """Where the answer `index` stands in the rendered text: from the end of its header, which
-    the template writes as generation prompt, to the end of what the turn adds."""
-    before = ""  # a chat that opens with an answer, which the audit blocks
-    if index:
-        before = render(tokenizer, example.messages[:index], example.where, generation_prompt=True)
-    after = render(tokenizer, example.messages[: index + 1], example.where)
-    if not (text.startswith(after) and after.startswith(before)):
-        raise UserError(
-            f"{example.where}: the chat template writes an earlier turn differently once a later "
-            "one follows, so the tokens of an answer cannot be told; use train_on: last or all"
-        )
-    return len(before), len(after)
+    def render(self, examples: Sequence[Example]) -> list[Rendered]:
+        """The text of each: all chats, or all of them text."""
+        if examples and examples[0].text is not None:
+            return [Rendered(e.text or "", (Span(0, len(e.text or "")),)) for e in examples]
+        return self.template.rendered(examples) if examples else []
 
+    def tokenise(self, texts: Sequence[Rendered]) -> list[Any]:
+        """An encoding each; Python goes on in other threads meanwhile."""
+        return self.core.encode_batch([one.text for one in texts], add_special_tokens=False)
 
-def render(
-    tokenizer: Tokenizer,
-    messages: tuple[Message, ...] | list[Message],
-    where: str,
-    generation_prompt: bool = False,
-) -> str:
-    """The chat as text, by the tokenizer's own template.
+    def documents(
+        self, examples: Sequence[Example], texts: Sequence[Rendered], encodings: Sequence[Any]
+    ) -> list[Document]:
+        """From what `render` and `tokenise` gave."""
+        found = []
+        for example, text, encoding in zip(examples, texts, encodings, strict=True):
+            tokens = self._tokens(text, encoding)
+            make = self._chat if example.text is None else self._text
+            found.append(make(example, text, tokens))
+        return found
 
-    Raises UserError when there is no template, or when it refuses these messages.
-    """
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"the tokenizer {tokenizer.name_or_path} has no chat template; use an instruct model"
-        )
-    try:
-        return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=generation_prompt
-        )
-    except (TemplateError, TypeError, KeyError) as error:
-        raise UserError(f"{where}: the chat template refuses these messages: {error}") from None
+    def prompt_ids(self, example: Example) -> list[int]:
+        """Token ids of a chat up to where the assistant's answer begins."""
+        text = self.template.prompt(example)
+        return self._tokens(text, self.core.encode(text.text, add_special_tokens=False)).ids
 
+    def writes_control_tokens(self, text: Rendered) -> bool:
+        """Whether a person wrote what reads like a control token."""
+        for span in text.contents:
+            if span is None or not any(text.text.find(f, *span) >= 0 for f in self._firsts):
+                continue
+            if self._control.search(text.text, *span):
+                return True
+        return False
 
-def prompt_ids(tokenizer: Tokenizer, messages: list[Message], where: str = "the chat") -> list[int]:
-    """Token ids of a chat up to where the assistant's answer begins."""
-    text = render(tokenizer, messages, where, generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _tokens(self, text: Rendered, encoding: Any) -> Tokens:
+        if not self.writes_control_tokens(text):
+            return tokens_of(encoding)
+        return without_control(self.core, self._plain_core, self._control, text.text, text.contents)
+
+    @cached_property
+    def _plain_core(self) -> Any:
+        core = deepcopy(self.core)
+        core.encode_special_tokens = True
+        return core
+
+    def _chat(self, example: Example, text: Rendered, tokens: Tokens) -> Document:
+        ids = np.array(tokens.ids, dtype=np.int32)
+        weights = np.full(len(ids), float(self.train_on == "all"), np.float32)
+        for index, span in text.answers[-1:] if self.train_on == "last" else text.answers:
+            weight = example.messages[index].get("weight")
+            if self.train_on != "all" or weight is not None:
+                first, last = self._trained(text, tokens, span)
+                weights[first:last] = 1.0 if weight is None else weight
+        return Document(ids, weights, example.where)
+
+    def _trained(self, text: Rendered, tokens: Tokens, span: Span) -> tuple[int, int]:
+        """Tokens [first, last) of an answer. One that begins in the header is part of the prompt
+        when the model answers."""
+        if text.marked:
+            return tokens.touching(span)
+        first, last = tokens.first_from(span.start), tokens.count_until(span.end)
+        for token in reversed(range(first, last)):
+            if tokens.ids[token] in self.special:
+                return first, token + 1
+            if text.text[tokens.start(token) : span.end].strip():
+                break
+        return first, last
+
+    def _text(self, example: Example, text: Rendered, tokens: Tokens) -> Document:
+        begin, end = self._around
+        ids = np.array([*begin, *tokens.ids, *end], dtype=np.int32)
+        return Document(ids, np.ones(len(ids), np.float32), example.where)
+
+    def begins_with(self, token: int) -> bool:
+        """Whether plain text gets this token put before it."""
+        return self._around[0][:1] == [token]
+
+    @cached_property
+    def _around(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before and after a text, and the end token where it puts none."""
+        bare = self.core.encode("a", add_special_tokens=False).ids
+        ids = self.core.encode("a").ids
+        places = range(len(ids) - len(bare) + 1)
+        at = next((i for i in places if ids[i : i + len(bare)] == bare), 0)
+        begin, end = ids[:at], ids[at + len(bare) :]
+        if not end and self.tokenizer.eos_token_id is not None:
+            end = [int(self.tokenizer.eos_token_id)]
+        return begin, end
 
 
 def special_ids(tokenizer: Tokenizer) -> set[int]:
@@ -126,30 +166,8 @@ def stop_ids(tokenizer: Tokenizer) -> set[int]:
     stops = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        document = encode(tokenizer, Example("the stop token", tuple(chat)))
+        (document,) = Encoder(tokenizer)([Example("the stop token", tuple(chat))])
         trained = document.ids[np.flatnonzero(document.weights)]
         if len(trained) and int(trained[-1]) in special_ids(tokenizer):
             stops.add(int(trained[-1]))
     return stops
-
-
-def fit_length(
-    documents: list[Document], max_length_tokens: int, policy: str | None
-) -> list[Document]:
-    """Apply `data.on_too_long` to documents of more than `max_length_tokens`.
-
-    split: consecutive documents. drop: left out. truncate: the end is cut. None: kept as they
-    are, for the audit to block.
-    """
-    kept: list[Document] = []
-    for document in documents:
-        if policy is None or len(document.ids) <= max_length_tokens:
-            kept.append(document)
-        elif policy != "drop":
-            end = max_length_tokens if policy == "truncate" else len(document.ids)
-            for start in range(0, end, max_length_tokens):
-                part = slice(start, start + max_length_tokens)
-                kept.append(
-                    replace(document, ids=document.ids[part], weights=document.weights[part])
-                )
-    return kept

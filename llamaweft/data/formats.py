@@ -1,169 +1,178 @@
-"""Row shapes: from whatever columns people have to one kind of example.
+"""From rows to examples: the shape of a source is recognised, or named, or mapped.
 
-A shape is recognised by its columns, or named. Every chat shape becomes messages.
+Rows stream: nothing but the row at hand is kept.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+import difflib
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
 
-from llamaweft.data.sources import Row
+from llamaweft.data.example import Example, Message, Span
+from llamaweft.data.shapes import SHAPES, TASK_SHAPES, named, no_shape, read_shape, shapes_of
 from llamaweft.errors import UserError
 
-Message = dict[str, str]
+if TYPE_CHECKING:
+    from llamaweft.data.sources import BadRows, Row
 
-REQUIRED = {
-    "messages": ("messages",),
-    "prompt_completion": ("prompt", "completion"),
-    "alpaca": ("instruction", "output"),
-    "text": ("text",),
+__all__ = ["Example", "Message", "to_examples", "to_prompts"]
+
+LOOK_AHEAD_ROWS = 10_000
+"""Rows that are looked through for further shapes once a file has two."""
+
+_UNANSWERED = {
+    "completion": "",
+    "output": "",
+    "answer": "",
+    "answers": {"text": [], "answer_start": []},
+    "summary": "",
 }
-"""The columns that a row of each shape must have."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """One thing to learn: `messages` of a chat or, for continued pretraining, `text`."""
-
-    where: str
-    messages: tuple[Message, ...] = ()
-    text: str | None = None
-
-    @cached_property
-    def key(self) -> str:
-        """Equal for two rows that say the same."""
-        content = self.text if self.text is not None else self.messages
-        return json.dumps(content, sort_keys=True, ensure_ascii=False)
+"""What a row of prompts need not have."""
 
 
 def to_examples(
-    rows: Iterable[Row], task: str, shape: str = "auto", columns: dict[str, str] | None = None
-) -> list[Example]:
-    """Read every row in one shape.
+    rows: Iterable[Row],
+    task: str,
+    shape: str = "auto",
+    columns: dict[str, str] | None = None,
+    bad: BadRows | None = None,
+) -> Iterator[Example]:
+    """Read every row of a source, one by one.
 
-    `task`: chat or text. `shape`: auto, or a key of REQUIRED. `columns`: our name -> the row's.
-    Raises UserError, naming the row, for an unknown shape, a missing column, a wrong kind of
-    value, or rows of different shapes in one source.
+    task: chat or text. shape: auto, or a key of SHAPES. columns: our name -> the row's. bad: what
+    happens to a row that cannot be read; left out, it is an error.
+
+    Raises UserError, naming the row, for such a row, for a shape that the task does not take, and
+    for a file whose rows are of several shapes; naming the column for one that no shape has.
     """
-    examples = []
-    first: tuple[str, str] | None = None
+    _check(shape, columns)
+    rows = iter(rows)
+    file: str | None = None
+    first: dict[str, str] = {}  # shape -> its first row in this file; at most one
     for row in rows:
-        content = _renamed(row, columns)
-        found = shape if shape != "auto" else _recognise(row.where, content)
-        if first is None:
-            first = (found, row.where)
-        elif found != first[0]:
-            raise UserError(
-                f"{row.where} is of the shape {found}, {first[1]} of the shape {first[0]}; "
-                "put rows of different shapes in files of their own"
-            )
-        if (found == "text") != (task == "text"):
-            raise UserError(f"{row.where} is of the shape {found}, which does not fit task: {task}")
-        examples.append(_READERS[found](row.where, content))
-    return examples
+        where = row.where
+        try:
+            content = _renamed(row, columns)
+            fitting = shapes_of(where, content) if shape == "auto" else (shape,)
+        except UserError as error:
+            _found(bad, error)
+            continue
+        if row.name != file:
+            file, first = row.name, {}
+        first.setdefault(fitting[0], where)
+        if len(first) > 1:
+            raise _several_shapes(row.name, first, rows, columns)
+        if fitting[0] not in TASK_SHAPES[task]:
+            raise _misfit(where, fitting, task)
+        try:
+            example = _learnable(read_shape(fitting[0], where, content), task)
+        except UserError as error:
+            _found(bad, error)
+            continue
+        yield example
 
 
-def to_prompts(rows: Iterable[Row]) -> list[Example]:
-    """Chats up to where an answer begins: rows of `messages`, `prompt` or `instruction`, whose own
-    last answer, if they have one, is left out.
+def to_prompts(rows: Iterable[Row], bad: BadRows | None = None) -> list[Example]:
+    """Chats up to where an answer begins: rows of any shape that `task: chat` takes, whose own last
+    answer, if they have one, is left out. bad: as in `to_examples`.
 
-    Raises UserError, naming the row, where there is none of these or a value of a wrong kind.
+    Raises UserError, naming the row, where nothing is asked or for a value of a wrong kind.
     """
     found = []
     for row in rows:
-        unanswered = {"completion": "", "output": ""} | row.content
-        shape = _recognise(row.where, unanswered)
-        if shape == "text":
-            raise UserError(f"{row.where} has only text; a prompt is a column named prompt")
-        messages = _READERS[shape](row.where, unanswered).messages
-        if messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
-        if not messages:
-            raise UserError(f"{row.where} asks nothing: its only message is an answer")
-        found.append(Example(row.where, messages))
+        try:
+            found.append(_prompt(row))
+        except UserError as error:
+            _found(bad, error)
     return found
 
 
+def _prompt(row: Row) -> Example:
+    given = {name: value for name, value in row.content.items() if value is not None}
+    content = _UNANSWERED | given
+    chats = [name for name in TASK_SHAPES["chat"] if SHAPES[name].fits(content)]
+    if not chats:
+        if "text" in given:
+            raise UserError(f"{row.where} has only text; a prompt is a column named prompt")
+        raise no_shape(row.where, row.content, TASK_SHAPES["chat"])
+    example = read_shape(chats[0], row.where, content)
+    messages = example.messages
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise UserError(f"{row.where} asks nothing: its only message is an answer")
+    return Example(row.where, messages, tools=example.tools)
+
+
+def _check(shape: str, columns: dict[str, str] | None) -> None:
+    """Raises UserError for a shape, or a column of ours, that is not there."""
+    if shape != "auto" and shape not in SHAPES:
+        raise UserError(f"format: {shape!r} is no shape; known are auto, {', '.join(SHAPES)}")
+    shapes = SHAPES.values() if shape == "auto" else (SHAPES[shape],)
+    ours = {name for known in shapes for name in chain(*known.columns, known.optional)}
+    for name in columns or ():
+        if name not in ours:
+            nearest = difflib.get_close_matches(name, sorted(ours), n=1, cutoff=0)[0]
+            which = "any shape" if shape == "auto" else f"the shape {shape}"
+            raise UserError(
+                f"columns: {name!r} is no column of {which}; the nearest is {nearest!r}"
+            )
+
+
 def _renamed(row: Row, columns: dict[str, str] | None) -> dict[str, Any]:
-    content = dict(row.content)
-    for ours, theirs in (columns or {}).items():
-        if theirs not in content:
-            have = ", ".join(map(str, row.content))
-            raise UserError(f"{row.where} has no column {theirs!r} (data columns); it has {have}")
-        content[ours] = content.pop(theirs)
-    return content
+    if not columns:
+        return row.content
+    for name in columns.values():
+        if name not in row.content:
+            raise UserError(
+                f"{row.where} has no column {name!r} (data columns); it has {named(row.content)}"
+            )
+    theirs = set(columns.values())
+    kept = {name: value for name, value in row.content.items() if name not in theirs}
+    return kept | {ours: row.content[name] for ours, name in columns.items()}
 
 
-def _recognise(where: str, content: dict[str, Any]) -> str:
-    for shape, needed in REQUIRED.items():
-        if all(name in content for name in needed):
-            return shape
-    have = ", ".join(map(str, content)) or "no columns"
-    raise UserError(
-        f"{where} is of no known shape (it has {have}); known are messages, prompt + completion, "
-        "instruction + output, text: rename with columns, as in columns: {prompt: question}"
+def _learnable(example: Example, task: str) -> Example:
+    """What chat and text learn of an example: its words."""
+    if isinstance(example.target, Span) and not example.target.answers:
+        raise UserError(
+            f"{example.where} has no answer, which task: {task} cannot learn; "
+            "give it one or remove the row"
+        )
+    return example if example.target is None else replace(example, target=None)
+
+
+def _several_shapes(
+    file: str, first: dict[str, str], rest: Iterator[Row], columns: dict[str, str] | None
+) -> UserError:
+    """Names the first row of each shape, also of those that come up soon."""
+    for row in islice(rest, LOOK_AHEAD_ROWS):
+        if row.name != file:
+            break
+        try:
+            first.setdefault(shapes_of(row.where, _renamed(row, columns))[0], row.where)
+        except UserError:
+            continue  # of no shape
+    found = ", ".join(f"{where} of the shape {shape}" for shape, where in first.items())
+    return UserError(
+        f"{file} has rows of several shapes: {found}; put each shape in a file of its own"
     )
 
 
-def _string(where: str, content: dict[str, Any], name: str, default: str | None = None) -> str:
-    value = content.get(name, default)
-    value = default if value is None else value
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {name!r} must be text, and is {value!r}")
-    return value
-
-
-def _messages(where: str, content: dict[str, Any]) -> Example:
-    messages = content.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where}: 'messages' must be a list with at least one message")
-    read = []
-    for number, message in enumerate(messages, start=1):
-        place = f"{where}, message {number}"
-        if not isinstance(message, dict):
-            raise UserError(f"{place} must be an object with role and content")
-        extra = {k for k, v in message.items() if v is not None} - {"role", "content"}
-        if extra:
-            raise UserError(f"{place}: {min(extra)!r} is not supported; keep role and content")
-        read.append({name: _string(place, message, name) for name in ("role", "content")})
-    return Example(where, tuple(read))
-
-
-def _prompt_completion(where: str, content: dict[str, Any]) -> Example:
-    return _exchange(where, content, _string(where, content, "prompt"), "completion")
-
-
-def _alpaca(where: str, content: dict[str, Any]) -> Example:
-    instruction = _string(where, content, "instruction")
-    extra = _string(where, content, "input", "")
-    prompt = f"{instruction}\n\n{extra}" if extra else instruction
-    return _exchange(where, content, prompt, "output")
-
-
-def _exchange(where: str, content: dict[str, Any], prompt: str, answer: str) -> Example:
-    system = _string(where, content, "system", "")
-    opening = ({"role": "system", "content": system},) if system else ()
-    return Example(
-        where,
-        (
-            *opening,
-            {"role": "user", "content": prompt},
-            {"role": "assistant", "content": _string(where, content, answer)},
-        ),
+def _misfit(where: str, fitting: tuple[str, ...], task: str) -> UserError:
+    takes = TASK_SHAPES[task]
+    others = [shape for shape in fitting if shape in takes]
+    advice = f"; it can be read as one with format: {others[0]}" if others else ""
+    return UserError(
+        f"{where} is of the shape {fitting[0]}, which does not fit task: {task}, which takes "
+        f"{', '.join(takes)}{advice}"
     )
 
 
-def _text(where: str, content: dict[str, Any]) -> Example:
-    return Example(where, text=_string(where, content, "text"))
-
-
-_READERS = {
-    "messages": _messages,
-    "prompt_completion": _prompt_completion,
-    "alpaca": _alpaca,
-    "text": _text,
-}
+def _found(bad: BadRows | None, error: UserError) -> None:
+    if bad is None:
+        raise error
+    bad.found(str(error))

@@ -1,31 +1,27 @@
-"""Holding rows out: which examples are only measured on."""
+"""Holding rows out: which of them are only measured on."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from llamaweft.data.formats import Example
 from llamaweft.errors import UserError
 
 
-def hold_out(examples: list[Example], fraction: float, seed: int) -> np.ndarray:
-    """A mask over `examples`, True where held out: about `fraction` of them, at least one.
+def hold_out(keys_N: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """A mask over rows, True where held out: about `fraction` of them, at least one.
 
-    Rows that say the same stay on one side. Raises UserError when that leaves nothing to train on.
+    keys_N: equal for rows that say the same; they stay on one side. The order of the rows does not
+    matter. Raises UserError when that leaves nothing to train on.
     """
-    groups: dict[str, list[int]] = {}
-    for index, example in enumerate(examples):
-        groups.setdefault(example.key, []).append(index)
+    groups, member_N, counts = np.unique(keys_N, return_inverse=True, return_counts=True)
     if len(groups) < 2:
         raise UserError(
             f"data.validation.fraction cannot hold out rows: there are {len(groups)} different "
             "rows and at least 2 are needed; add rows or set data.validation: null"
         )
-    wanted = min(max(1, round(fraction * len(examples))), len(examples) - 1)
-    held = np.zeros(len(examples), dtype=bool)
-    members = list(groups.values())
-    for group in np.random.default_rng([seed, 1]).permutation(len(members))[:-1]:
-        if held.sum() >= wanted:
-            break
-        held[members[group]] = True
-    return held
+    wanted = min(max(1, round(fraction * len(keys_N))), len(keys_N) - 1)
+    order = np.random.default_rng([seed, 1]).permutation(len(groups))[:-1]
+    enough = int(np.searchsorted(np.cumsum(counts[order]), wanted)) + 1
+    held = np.zeros(len(groups), dtype=bool)
+    held[order[:enough]] = True
+    return held[member_N]

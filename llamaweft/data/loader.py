@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from itertools import count
 from typing import Generic, TypeVar
 
 import numpy as np
 
 from llamaweft.data.chat import Document
-from llamaweft.data.packing import Bin, pack_epoch
-from llamaweft.prefixes import prefix_tree, unshared
+from llamaweft.data.packing import WINDOW_DOCUMENTS, Bin, epoch_windows, pack_window
+from llamaweft.data.selection import labels_of, lengths_of
+from llamaweft.prefixes import PrefixTree, prefix_tree, unshared
 
 Batch = TypeVar("Batch")
 
@@ -44,25 +47,60 @@ class Loader(Generic[Batch]):
         self.documents, self.collate = documents, collate
         self.micro_batch_tokens, self.accumulation = micro_batch_tokens, accumulation
         self.seed, self.share = seed, share
-        ids = [document.ids for document in documents]
-        self._lengths = np.array([len(i) for i in ids])
-        self._tree = prefix_tree(ids) if share else unshared(self._lengths)
-        self._labels = np.array([document.trained_tokens for document in documents])
+        self._lengths, self._labels = lengths_of(documents), labels_of(documents)
         self._weights = np.ones(len(documents)) if weights is None else weights
-        self._epoch = lru_cache(maxsize=2)(self._pack_epoch)
+        self._windows = lru_cache(maxsize=2)(self._deal)
+        self._packs_of = lru_cache(maxsize=3)(self._pack)
+        self._survey = lru_cache(maxsize=None)(self._look_through)
         self.total_packs = self._count_packs(epochs, max_steps)
         self.total_steps = math.ceil(self.total_packs / accumulation)
 
-    def _pack_epoch(self, epoch: int) -> list[Bin]:
-        return pack_epoch(self._tree, self._weights, self.micro_batch_tokens, self.seed, epoch)
+    def _deal(self, epoch: int) -> list[np.ndarray]:
+        return epoch_windows(self._weights, self.seed, epoch)
+
+    def _pack(self, epoch: int, window: int) -> list[Bin]:
+        """The packs of a window of an epoch."""
+        order = self._windows(epoch)[window]
+        random = np.random.default_rng([self.seed, epoch, window])
+        if len(self.documents) <= WINDOW_DOCUMENTS:
+            return pack_window(self._tree, order.tolist(), self.micro_batch_tokens, random)
+        named, places = np.unique(order, return_inverse=True)
+        tree = self._tree_of(named.tolist())
+        packs = pack_window(tree, places.tolist(), self.micro_batch_tokens, random)
+        return [Bin(named[pack.documents].tolist(), pack.tokens) for pack in packs]
+
+    @cached_property
+    def _tree(self) -> PrefixTree:
+        return self._tree_of(range(len(self.documents)))
+
+    def _tree_of(self, documents: Sequence[int]) -> PrefixTree:
+        if not self.share:
+            return unshared(self._lengths[documents])
+        return prefix_tree([self.documents[index].ids for index in documents])
+
+    def _look_through(self, epoch: int) -> Survey:
+        """Packs every window of an epoch once, to count."""
+        found = Survey()
+        for window in range(len(self._windows(epoch))):
+            packs = self._packs_of(epoch, window)
+            shown = [index for pack in packs for index in pack.documents]
+            found.packs.append(len(packs))
+            found.tokens += int(self._lengths[shown].sum())
+            found.labels += int(self._labels[shown].sum())
+            found.squares += int((self._lengths[shown].astype(np.int64) ** 2).sum())
+            found.computed += sum(pack.tokens for pack in packs)
+            found.largest = max(found.largest, *(pack.tokens for pack in packs))
+            most = max(int(self._labels[pack.documents].sum()) for pack in packs)
+            found.most_labels = max(found.most_labels, most)
+        return found
 
     def _count_packs(self, epochs: float, max_steps: int | None) -> int:
         if max_steps is not None:
             return max_steps * self.accumulation
         whole = math.floor(epochs)
-        packs = sum(len(self._epoch(epoch)) for epoch in range(whole))
+        packs = sum(sum(self._survey(epoch).packs) for epoch in range(whole))
         if epochs > whole:
-            packs += math.ceil((epochs - whole) * len(self._epoch(whole)))
+            packs += math.ceil((epochs - whole) * sum(self._survey(whole).packs))
         return packs
 
     def steps(self, start_step: int = 0) -> Iterator[list[Batch]]:
@@ -74,42 +112,55 @@ class Loader(Generic[Batch]):
             yield [self.collate(next(packs)) for _ in range(count)]
 
     def _packs(self, skip: int) -> Iterator[list[Document]]:
-        epoch = 0
-        while True:
-            packs = self._epoch(epoch)
-            for pack in packs[skip:]:
-                yield [self.documents[index] for index in pack.documents]
-            skip = max(0, skip - len(packs))
-            epoch += 1
+        for epoch in count():
+            for window in range(len(self._windows(epoch))):
+                # What is skipped has been counted before, or is one step of a run by max_steps.
+                packs = self._packs_of(epoch, window)
+                for pack in packs[skip:]:
+                    yield [self.documents[index] for index in pack.documents]
+                skip = max(0, skip - len(packs))
+
+    @property
+    def first_packs(self) -> list[Bin]:
+        """Of the first epoch, those of its first window, in order."""
+        return self._packs_of(0, 0)
 
     @property
     def packs_per_epoch(self) -> int:
-        return len(self._epoch(0))
+        return sum(self._survey(0).packs)
 
     @property
     def epoch_tokens(self) -> tuple[int, int, int]:
         """Of the first epoch: tokens as given, tokens that are computed, labels."""
-        shown, computed = self._shown, sum(pack.tokens for pack in self._epoch(0))
-        return int(self._lengths[shown].sum()), computed, int(self._labels[shown].sum())
+        survey = self._survey(0)
+        return survey.tokens, survey.computed, survey.labels
 
     @property
     def epoch_squares(self) -> int:
         """Sum of L^2 over the documents of the first epoch, L tokens: attention's work."""
-        return int((self._lengths[self._shown].astype(np.int64) ** 2).sum())
-
-    @property
-    def _shown(self) -> list[int]:
-        """Documents of the first epoch, one more than once where it is shown so often."""
-        return [index for pack in self._epoch(0) for index in pack.documents]
+        return self._survey(0).squares
 
     @property
     def largest_pack(self) -> tuple[int, int]:
         """(tokens, labels) that no pack exceeds; labels are those of the first epoch's packs and
         a tenth more, since other epochs are packed otherwise."""
-        packs = self._epoch(0)
-        most = max(int(self._labels[pack.documents].sum()) for pack in packs)
-        tokens = max(pack.tokens for pack in packs)
-        if self.total_packs > len(packs):
+        survey = self._survey(0)
+        tokens = survey.largest
+        if self.total_packs > sum(survey.packs):
             tokens = min(max(self.micro_batch_tokens, tokens), int(self._lengths.sum()))
-        labels = most + most // 10
+        labels = survey.most_labels + survey.most_labels // 10
         return tokens, labels if self.share else min(tokens, labels)
+
+
+@dataclass
+class Survey:
+    """What an epoch holds. packs: of each window. largest, most_labels: tokens and labels of a
+    pack, at most."""
+
+    packs: list[int] = field(default_factory=list)
+    tokens: int = 0
+    computed: int = 0
+    labels: int = 0
+    squares: int = 0
+    largest: int = 0
+    most_labels: int = 0

@@ -4,6 +4,8 @@ A pack pays for a shared beginning once. So documents below the same run of the 
 are packed together first, and what is not full goes on to the run above; where nothing is shared
 that is plain best-fit decreasing. Deterministic in seed and epoch. Packs are shuffled after
 packing, so that their order does not follow length.
+
+N: documents
 """
 
 from __future__ import annotations
@@ -16,8 +18,12 @@ import numpy as np
 
 from llamaweft.prefixes import PrefixTree
 
+WINDOW_DOCUMENTS, BLOCK_DOCUMENTS = 2**16, 2**6
+"""Documents whose beginnings are compared and whose packs are shuffled; it bounds the memory of
+packing. Neighbours that stay together where there are more."""
+
 WINDOW = 4096
-"""Documents that are packed together; bounds the time of packing."""
+"""What is fitted into bins together; it bounds the time of packing."""
 
 
 @dataclass
@@ -28,21 +34,36 @@ class Bin:
     tokens: int
 
 
-def pack_epoch(
-    tree: PrefixTree, weights: np.ndarray, capacity: int, seed: int, epoch: int
-) -> list[Bin]:
-    """The packs of one epoch.
+def epoch_windows(weights_N: np.ndarray, seed: int, epoch: int) -> list[np.ndarray]:
+    """The documents of one epoch, by index, in windows that are packed one by one.
 
-    tree: of all documents. weights: how often each is seen in an epoch; its fraction is drawn (at
-    least one document is). capacity: tokens that a pack computes. A longer document is a pack of
-    its own. Copies of a document never share a pack because they are copies.
+    weights_N: how often each is seen in an epoch; its fraction is drawn (at least one document
+    is). Up to WINDOW_DOCUMENTS there is one window. More are dealt to windows at random in blocks
+    of neighbours, since neighbours in a file often begin alike.
     """
     random = np.random.default_rng([seed, epoch])
-    times = np.floor(weights).astype(int)
-    times += random.random(len(weights)) < (weights - times)
+    times = np.floor(weights_N).astype(int)
+    times += random.random(len(weights_N)) < (weights_N - times)
     if not times.any():
         times[random.integers(len(times))] = 1
-    order = random.permutation(np.repeat(np.arange(len(weights)), times)).tolist()
+    shown = np.repeat(np.arange(len(weights_N)), times)
+    if len(shown) <= WINDOW_DOCUMENTS:
+        return [random.permutation(shown)]
+    blocks = np.split(shown, np.arange(BLOCK_DOCUMENTS, len(shown), BLOCK_DOCUMENTS))
+    dealt = np.concatenate([blocks[i] for i in random.permutation(len(blocks))])
+    windows = np.split(dealt, np.arange(WINDOW_DOCUMENTS, len(dealt), WINDOW_DOCUMENTS))
+    return [random.permutation(window) for window in windows]
+
+
+def pack_window(
+    tree: PrefixTree, order: list[int], capacity: int, random: np.random.Generator
+) -> list[Bin]:
+    """The packs of one window, in random order.
+
+    tree: of all documents that `order` names by index. capacity: tokens that a pack computes. A
+    longer document is a pack of its own. Copies of a document never share a pack because they are
+    copies.
+    """
     packs: list[Bin] = []
     for documents in _without_copies(order):
         packs += _pack(tree, documents, capacity)

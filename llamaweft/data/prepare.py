@@ -1,25 +1,36 @@
-"""From sources to documents: read, held out, encoded, audited, fitted to length."""
+"""From sources to documents: read, cleaned, encoded (build.py), held out, audited, fitted to
+length."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 
-from llamaweft.data.audit import Audit, audit
-from llamaweft.data.chat import Document, Tokenizer, encode, fit_length
-from llamaweft.data.formats import Example, to_examples
+from llamaweft.data.audit import Audit, Material, audit, rows_by_check
+from llamaweft.data.build import Build
+from llamaweft.data.chat import Document, Encoder, Tokenizer
+from llamaweft.data.contamination import Contamination, contamination
+from llamaweft.data.duplicates import repeated
+from llamaweft.data.example import Example
+from llamaweft.data.formats import to_examples
 from llamaweft.data.holdout import hold_out
-from llamaweft.data.sources import read_hub, read_path
+from llamaweft.data.observe import Flag, Observer
+from llamaweft.data.selection import Documents, Examples, fitted, pieces
+from llamaweft.data.sources import read_rows
+from llamaweft.data.store import StoredRows
+
+EXAMPLES_SHOWN = 5
 
 
 class Source(Protocol):
     """Where rows come from; the recipe's `data.train` rows are such."""
 
     @property
-    def path(self) -> str | None: ...
+    def path(self) -> str | list[str] | None: ...
     @property
     def hub(self) -> str | None: ...
     @property
@@ -36,19 +47,29 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is learnt, how often in an epoch (`weights`), and what is only measured on."""
+    """What is learnt, how often in an epoch (`weights`), and what is only measured on.
 
-    examples: list[Example]
-    documents: list[Document]
+    examples: the rows that the documents are made of. found: held-out text in training rows.
+    by_check: the rows that each check of the audit found.
+    """
+
+    documents: Documents
     weights: np.ndarray
-    validation: list[Example]
-    validation_documents: list[Document]
+    examples: Examples
+    validation: Examples
+    validation_documents: Documents
     audit: Audit
+    found: Contamination
+    by_check: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """How rows become documents: the recipe's `task` and `data` keys, and the seed."""
+    """How rows become documents: the recipe's `task`, `data` and `audit` keys, and the seed.
+
+    clean: steps of `data.clean`. vocab_size: of the model. untrained: tokens that it never learnt.
+    report: told how many rows have been prepared. say: told what takes long or much.
+    """
 
     tokenizer: Tokenizer
     task: str
@@ -56,23 +77,35 @@ class Preparation:
     max_length_tokens: int
     on_too_long: str | None
     seed: int
+    on_bad_row: str = "error"
+    clean: Sequence[dict[str, Any]] = ()
+    allow: Collection[str] = ()
+    vocab_size: int | None = None
+    untrained: Collection[int] = ()
+    report: Callable[[int], None] = lambda rows: None
+    say: Callable[[str], None] = lambda what: None
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        return Encoder(self.tokenizer, self.train_on)
+
+    @cached_property
+    def _observer(self) -> Observer:
+        return Observer(self.encoder, self.vocab_size, self.untrained)
 
     def read(self, source: Source) -> list[Example]:
         """The examples of a source. Raises UserError, naming the row, for what cannot be read."""
-        rows = (
-            read_path(source.path)
-            if source.path is not None
-            else read_hub(str(source.hub), source.config, source.split, source.revision)
-        )
-        return to_examples(rows, self.task, source.format, source.columns)
+        return list(to_examples(read_rows(source), self.task, source.format, source.columns))
 
-    def encode(self, examples: Sequence[Example]) -> list[Document]:
-        return [encode(self.tokenizer, example, self.train_on) for example in examples]
-
-    def held_out(self, examples: list[Example]) -> list[Document]:
+    def held_out(self, examples: Sequence[Example]) -> list[Document]:
         """Documents to measure on: those with a trained token, and never an error for length."""
-        documents = [d for d in self.encode(examples) if d.trained_tokens]
-        return fit_length(documents, self.max_length_tokens, self.on_too_long or "truncate")
+        policy = self.on_too_long or "truncate"
+        parts = (
+            document.part(start, stop)
+            for document in self.encoder(examples)
+            for start, stop in pieces(len(document.ids), self.max_length_tokens, policy)
+        )
+        return [part for part in parts if part.trained_tokens]
 
     def prepare(
         self,
@@ -82,35 +115,128 @@ class Preparation:
     ) -> Prepared:
         """Read `train` (each source with how often its rows are seen in an epoch), hold out
         `validation` or a `fraction` of the training rows, and audit what remains."""
-        pairs = [(e, weight) for source, weight in train for e in self.read(source)]
-        held: list[Example] = []
+        stored = self._build([source for source, _ in train], self.clean)
+        held = stored if validation is None else self._build([validation], ())
+        removed = Removal(stored, np.arange(len(stored)))
+        for step in self.clean:
+            if step["step"] == "duplicates":
+                removed(step, repeated(removed.keys))
+            elif step["step"] == "near_duplicates":
+                removed(step, (removed.table["flags"] & Flag.NEAR_DUPLICATE) > 0)
+        held_N = np.arange(0 if validation is None else len(held))
         if fraction is not None:
-            out = hold_out([example for example, _ in pairs], fraction, self.seed)
-            held = [example for (example, _), taken in zip(pairs, out, strict=True) if taken]
-            pairs = [pair for pair, taken in zip(pairs, out, strict=True) if not taken]
-        elif validation is not None:
-            held = self.read(validation)
-        examples = [example for example, _ in pairs]
-        documents = self.encode(examples)
-        found = audit(
-            self.tokenizer,
-            examples,
-            documents,
-            held,
+            out = hold_out(removed.keys, fraction, self.seed)
+            held_N, removed.rows_N = removed.rows_N[out], removed.rows_N[~out]
+        for step in self.clean:
+            if step["step"] == "leakage":
+                removed(step, self._leaking(step, removed, held, held_N))
+        return self._prepared(train, removed, held, held_N)
+
+    def _prepared(
+        self,
+        train: Sequence[tuple[Source, float]],
+        removed: Removal,
+        held: StoredRows,
+        held_N: np.ndarray,
+    ) -> Prepared:
+        stored, rows_N = removed.stored, removed.rows_N
+        found = contamination(stored, rows_N, held, held_N)
+        documents = fitted(stored, rows_N, self.max_length_tokens, self.on_too_long)
+        weights = np.array([weight for _, weight in train])
+        policy = self.on_too_long or "truncate"
+        material = Material(
+            stored=stored,
+            rows_N=rows_N,
+            held_keys=held.table["key"][held_N],
+            leaks=found.leaks_N,
+            overlaps=found.overlaps_N,
+            cleaning=[*stored.state["cleaning"], *removed.steps],
+            bad_rows=stored.state["bad_rows"],
+            bad_examples=stored.state["bad_examples"],
+            padding_is_end=self._padding_is_end(),
+        )
+        by_check = rows_by_check(material, self.max_length_tokens)
+        seen = audit(
+            material,
+            by_check,
             max_length_tokens=self.max_length_tokens,
             on_too_long=self.on_too_long,
+            allow=self.allow,
+            decode=self.tokenizer.decode,
         )
-        fitted = [
-            (piece, weight)
-            for document, (_, weight) in zip(documents, pairs, strict=True)
-            for piece in fit_length([document], self.max_length_tokens, self.on_too_long)
-            if piece.trained_tokens
-        ]
         return Prepared(
-            examples=examples,
-            documents=[piece for piece, _ in fitted],
-            weights=np.array([weight for _, weight in fitted]),
-            validation=held,
-            validation_documents=self.held_out(held),
-            audit=found,
+            documents=documents,
+            weights=weights[stored.table["source"][documents.rows_N]],
+            examples=Examples(stored, rows_N),
+            validation=Examples(held, held_N),
+            validation_documents=fitted(held, held_N, self.max_length_tokens, policy),
+            audit=seen,
+            found=found,
+            by_check=by_check,
         )
+
+    def _build(self, sources: Sequence[Source], clean: Sequence[dict[str, Any]]) -> StoredRows:
+        return Build(
+            sources=sources,
+            task=self.task,
+            encoder=self.encoder,
+            observer=self._observer,
+            clean=clean,
+            on_bad_row=self.on_bad_row,
+            report=self.report,
+            say=self.say,
+        ).stored()
+
+    def _leaking(
+        self, step: dict[str, Any], removed: Removal, held: StoredRows, held_N: np.ndarray
+    ) -> np.ndarray:
+        """Which of the rows are found in the validation rows, or in those of a file."""
+        if step["against"] != "validation":
+            held = self._build([File(step["against"])], ())
+            held_N = np.arange(len(held))
+        found = contamination(removed.stored, removed.rows_N, held, held_N, step["ngram"])
+        same = np.isin(removed.keys, held.table["key"][held_N])
+        return same | np.isin(removed.rows_N, [*found.leaks_N, *found.overlaps_N])
+
+    def _padding_is_end(self) -> str | None:
+        pad = self.tokenizer.pad_token_id
+        same = pad is not None and pad in self._observer.stops
+        return str(self.tokenizer.name_or_path) if same else None
+
+
+@dataclass(frozen=True)
+class File:
+    """A source that is one path, its rows of any shape."""
+
+    path: str | list[str] | None
+    hub: str | None = None
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    format: str = "auto"
+    columns: dict[str, str] | None = None
+
+
+class Removal:
+    """Rows of a store, of which steps that look at many rows at once remove some. steps: what each
+    removed."""
+
+    def __init__(self, stored: StoredRows, rows_N: np.ndarray) -> None:
+        self.stored, self.rows_N = stored, rows_N
+        self.steps: list[dict[str, Any]] = []
+
+    @property
+    def table(self) -> np.ndarray:
+        return self.stored.table[self.rows_N]
+
+    @property
+    def keys(self) -> np.ndarray:
+        return self.stored.table["key"][self.rows_N]
+
+    def __call__(self, step: dict[str, Any], gone_N: np.ndarray) -> None:
+        gone = self.rows_N[gone_N]
+        where = [self.stored.where(int(row)) for row in gone[:EXAMPLES_SHOWN]]
+        self.steps.append(
+            {"step": step["step"], "count": len(gone), "changed": 0, "examples": where}
+        )
+        self.rows_N = self.rows_N[~gone_N]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 
-from llamaweft.data.chat import Document, Tokenizer, prompt_ids, stop_ids
-from llamaweft.data.formats import Example
+from llamaweft.data.chat import Document, Encoder, Tokenizer, stop_ids
+from llamaweft.data.example import Example
+from llamaweft.data.selection import lengths_of
 from llamaweft.errors import UserError
 from llamaweft.evaluate.metrics import ANSWER_METRICS, Parts, summarise
 from llamaweft.generate.generate import generate_batch
@@ -41,8 +43,8 @@ class Evaluator:
     """
 
     metrics: Sequence[str]
-    documents: list[Document]
-    examples: list[Example]
+    documents: Sequence[Document]
+    examples: Sequence[Example]
     tokenizer: Tokenizer
     loss_parts: Callable[[Any, list[Document]], list[Parts]]
     max_rows: int
@@ -66,8 +68,8 @@ class Evaluator:
 
     def _chats(self) -> list[Example]:
         """The first `max_rows` rows that end with an answer."""
-        chats = [e for e in self.examples if e.messages and e.messages[-1]["role"] == "assistant"]
-        return chats[: self.max_rows]
+        chats = (e for e in self.examples if e.messages and e.messages[-1]["role"] == "assistant")
+        return list(islice(chats, self.max_rows))
 
     def measure(self, model: Any, progress: Progress | None = None) -> dict[str, Any]:
         """{"metrics": each as {"value", "low", "high", "count"}, "answers": those behind them}."""
@@ -91,7 +93,8 @@ class Evaluator:
     def answers(self, model: Any, progress: Progress | None = None) -> list[Answer]:
         """The model's greedy answer to the last turn of each of the first `max_rows` chats."""
         chats = self._chats()
-        prompts = [prompt_ids(self.tokenizer, list(e.messages[:-1]), e.where) for e in chats]
+        encoder = Encoder(self.tokenizer)
+        prompts = [encoder.prompt_ids(replace(e, messages=e.messages[:-1])) for e in chats]
         generated = generate_batch(
             model,
             prompts,
@@ -110,7 +113,8 @@ class Evaluator:
     def _losses(self, model: Any) -> list[Parts]:
         parts: list[Parts] = []
         batch: list[Document] = []
-        for document in sorted(self.documents, key=lambda d: len(d.ids)):
+        for index in np.argsort(lengths_of(self.documents), kind="stable").tolist():
+            document = self.documents[index]
             tokens = sum(len(d.ids) for d in batch)
             if batch and tokens + len(document.ids) > self.micro_batch_tokens:
                 parts += self.loss_parts(model, batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,12 +111,18 @@ class TensorFile:
         """All of it."""
         return next(iter(self.chunks(self.shape[0])))
 
-    def chunks(self, rows: int) -> Iterator[Tensor]:
-        """`rows` rows at a time. Raises UserError for a damaged file."""
+    @contextmanager
+    def opened(self) -> Iterator[Callable[[int, int], Tensor]]:
+        """What gives the rows [start, stop). Raises UserError for a damaged file."""
         with _opened(self.path) as file:
             part = file.get_slice(self.name)
+            yield lambda start, stop: part[start:stop]
+
+    def chunks(self, rows: int) -> Iterator[Tensor]:
+        """`rows` rows at a time. Raises UserError for a damaged file."""
+        with self.opened() as part:
             for start in range(0, self.shape[0], rows):
-                yield part[start : start + rows]
+                yield part(start, start + rows)
 
 
 def checked_tensors(folder: Path, model: nn.Module, config: LlamaConfig) -> Iterator[TensorFile]:

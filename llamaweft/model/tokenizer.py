@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ LLAMA3_NAMED = [
     "<|python_tag|>",
     "<|image|>",
 ]
+CHAT_TEMPLATES = ("llama3", "llama3.1", "chatml")
+"""For models that come without one."""
+
 HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -62,8 +66,31 @@ def load_tokenizer(name: str | Path) -> Any:
 
 
 def chat_template(name: str) -> str:
-    """The text of a template of ours: `llama3` or `chatml`."""
+    """The text of a template of ours, one of CHAT_TEMPLATES."""
     return Path(__file__).with_name(f"{name}.jinja").read_text(encoding="utf-8").strip()
+
+
+def set_chat_template(tokenizer: Any, name: str) -> None:
+    """Give a tokenizer a template of ours, or that of a file.
+
+    Raises UserError for another name, and when the tokenizer lacks a control token of it.
+    """
+    try:
+        ours = name in CHAT_TEMPLATES
+        text = chat_template(name) if ours else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise UserError(
+            f"data.chat_template: {name} is no file that can be read, and none of "
+            f"{', '.join(CHAT_TEMPLATES)}"
+        ) from None
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    missing = set(re.findall(r"<\|\w+\|>", text)) - special
+    if missing:
+        raise UserError(
+            f"data.chat_template: {name} writes {min(missing)}, which is no control token of "
+            f"{tokenizer.name_or_path}; take another template or model"
+        )
+    tokenizer.chat_template = text
 
 
 def _load(name: str, local: bool) -> Any:

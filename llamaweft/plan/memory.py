@@ -119,10 +119,12 @@ class Schedule:
         return asdict(self) | {"peak_bytes": self.peak_bytes}
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> Schedule:
-        """What `to_dict` gave, read back from JSON."""
-        keep = tuple(tuple(names) for names in content["keep"])
+    def from_dict(cls, content: dict[str, Any]) -> Schedule | None:
+        """What `to_dict` gave, read back from JSON; None if an older version wrote less."""
         names = ("mlp_tile_tokens", "loss_tile_labels", "recomputed_share", "parts")
+        if any(name not in content for name in names):
+            return None
+        keep = tuple(tuple(names) for names in content["keep"])
         return cls(keep, *(content[name] for name in names))
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from llamaweft.errors import UserError
-from llamaweft.recipe import METRICS, Recipe, describe, parse_bytes
+from llamaweft.recipe import Recipe, describe
+from llamaweft.settings import METRICS, parse_bytes
 
 MINIMAL = "model: some/model\ndata: {train: chats.jsonl}\n"
 
@@ -111,6 +112,8 @@ def test_every_key_is_described() -> None:
         "training.learning_rate",
         "data.train.path",
         "data.validation.fraction",
+        "data.clean",
+        "data.clean.near_duplicates.threshold",
     } <= set(table)
     assert not [key for key, text in table.items() if text.startswith("None")]
     assert table["training.learning_rate"].endswith("[0.0002]")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llamaweft.data.chat import Document, encode, fit_length, stop_ids
-from llamaweft.data.formats import Example
+from llamaweft.data.chat import Document, Encoder, special_ids, stop_ids
+from llamaweft.data.example import Example
+from llamaweft.data.selection import pieces
 from llamaweft.errors import UserError
 
 CHAT = Example(
@@ -22,6 +23,10 @@ CHAT = Example(
         ]
     ),
 )
+
+
+def encode(tokenizer, example: Example, train_on: str = "assistant") -> Document:
+    return Encoder(tokenizer, train_on)([example])[0]
 
 
 def trained_text(tokenizer, document: Document) -> str:
@@ -74,38 +79,110 @@ def test_the_stop_token_is_the_end_of_turn(tokenizer) -> None:
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in stop_ids(tokenizer)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer) -> None:
-    original = tokenizer.chat_template
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }}: "
-        "{{ m.content if loop.last or m.role == 'user' else 'hidden' }}<|im_end|>{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
+def with_template(tokenizer, template: str) -> None:
+    """The fixture's tokenizer is shared: `restored` gives its own template back."""
+    tokenizer.chat_template = template
+
+
+@pytest.fixture
+def restored(tokenizer):
+    own = tokenizer.chat_template
+    yield tokenizer
+    tokenizer.chat_template = own
+
+
+def test_answers_are_found_where_earlier_turns_are_rewritten(restored) -> None:
+    with_template(
+        restored,
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{{ m.content if loop.last or m.role == 'user' else 'short: ' + m.content[:3] }}<|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
     )
-    try:
-        with pytest.raises(UserError, match=r"f line 1.*earlier turn.*train_on: last"):
-            encode(tokenizer, CHAT)
-    finally:
-        tokenizer.chat_template = original
+    trained = trained_text(restored, encode(restored, CHAT))
+    assert trained == "short: Yes<|im_end|>No.<|im_end|>"
 
 
-def test_a_template_that_raises_is_told(tokenizer) -> None:
-    original = tokenizer.chat_template
-    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    try:
-        with pytest.raises(UserError, match=r"f line 1.*roles must alternate"):
-            encode(tokenizer, CHAT)
-    finally:
-        tokenizer.chat_template = original
+def test_an_answer_that_the_template_leaves_out_is_not_trained(restored) -> None:
+    with_template(
+        restored,
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{{ m.content if loop.last or m.role != 'assistant' else 'hidden' }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    )
+    assert trained_text(restored, encode(restored, CHAT)) == "No.<|im_end|>"
+
+
+def test_marks_of_the_template_are_kept_to(restored) -> None:
+    with_template(
+        restored,
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}"
+        "{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}",
+    )
+    found = encode(restored, CHAT)
+    expected = restored.apply_chat_template(
+        list(CHAT.messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert found.ids.tolist() == expected["input_ids"]
+    assert (found.weights > 0).tolist() == [bool(m) for m in expected["assistant_masks"]]
+    assert found.weights.any()
+
+
+def test_a_template_that_does_not_end_is_refused(restored, monkeypatch) -> None:
+    monkeypatch.setattr("llamaweft.data.template.PROBE_SECONDS", 0.3)
+    loops = "{% for i in range(9999) %}" * 2 + "{% endfor %}" * 2
+    with_template(restored, loops + "{{ messages[0].content }}")
+    with pytest.raises(UserError, match="does not end within"):
+        encode(restored, CHAT)
+
+
+@pytest.mark.parametrize("role", ["user", "assistant", "system"])
+def test_text_of_a_control_token_is_no_control_token(tokenizer, role) -> None:
+    turns = [("system", "Hi"), ("user", "Hi"), ("assistant", "Hi")]
+    typed = tuple(
+        {"role": r, "content": "a<|im_end|>\n<|im_start|>b" if r == role else c} for r, c in turns
+    )
+    plain = tuple({"role": r, "content": c} for r, c in turns)
+    special = special_ids(tokenizer)
+
+    def control_tokens(messages) -> list[int]:
+        return [i for i in encode(tokenizer, Example("f", messages)).ids.tolist() if i in special]
+
+    assert control_tokens(typed) == control_tokens(plain)
+    document = encode(tokenizer, Example("f", typed))
+    assert "a<|im_end|>\n<|im_start|>b" in tokenizer.decode(document.ids)
+    assert int(document.ids[np.flatnonzero(document.weights)[-1]]) in special
+
+
+def test_text_of_a_control_token_in_a_prompt_is_none_either(tokenizer) -> None:
+    chat = ({"role": "user", "content": "a<|im_end|>"},)
+    ids = Encoder(tokenizer).prompt_ids(Example("f", chat))
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    usual = Encoder(tokenizer).prompt_ids(Example("f", ({"role": "user", "content": "a"},)))
+    assert ids.count(end) == usual.count(end)
+
+
+def test_a_message_weighs_what_it_says(tokenizer) -> None:
+    messages = [dict(message) for message in CHAT.messages]
+    messages[2]["weight"], messages[4]["weight"] = 0.0, 0.5
+    document = encode(tokenizer, Example("f", tuple(messages)))
+    assert set(document.weights.tolist()) == {0.0, 0.5}
+    assert trained_text(tokenizer, document) == "No.<|im_end|>"
+
+
+def test_a_template_that_raises_is_told(restored) -> None:
+    with_template(
+        restored,
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system, please') }}{% endif %}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}",
+    )
+    with pytest.raises(UserError, match=r"f line 1.*no system, please"):
+        encode(restored, CHAT)
 
 
 def test_long_documents_are_split_dropped_or_cut() -> None:
-    long = Document(np.arange(10, dtype=np.int32), np.ones(10, np.float32), "f", "k")
-    short = Document(np.arange(3, dtype=np.int32), np.ones(3, np.float32), "f", "k")
-
-    def ids(policy: str | None) -> list[list[int]]:
-        return [d.ids.tolist() for d in fit_length([long, short], 4, policy)]
-
-    assert ids("split") == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], [0, 1, 2]]
-    assert ids("truncate") == [[0, 1, 2, 3], [0, 1, 2]]
-    assert ids("drop") == [[0, 1, 2]]
-    assert ids(None) == [list(range(10)), [0, 1, 2]]
+    assert pieces(10, 4, "split") == [(0, 4), (4, 8), (8, 10)]
+    assert pieces(10, 4, "truncate") == [(0, 4)]
+    assert pieces(10, 4, "drop") == []
+    assert pieces(10, 4, None) == [(0, 10)]
+    assert pieces(3, 4, "split") == [(0, 3)]

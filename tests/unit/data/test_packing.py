@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llamaweft.data.chat import Document
 from llamaweft.data.loader import Loader
-from llamaweft.data.packing import pack_epoch
-from llamaweft.prefixes import prefix_tree, unshared
+from llamaweft.data.packing import Bin, epoch_windows, pack_window
+from llamaweft.prefixes import PrefixTree, prefix_tree, unshared
+
+
+def pack_epoch(tree: PrefixTree, weights, capacity: int, seed: int, epoch: int) -> list[Bin]:
+    """All packs of an epoch that is one window."""
+    (window,) = epoch_windows(weights, seed, epoch)
+    random = np.random.default_rng([seed, epoch, 0])
+    return pack_window(tree, window.tolist(), capacity, random)
 
 
 def packed(lengths, weights, capacity: int, seed: int, epoch: int) -> list[list[int]]:
@@ -98,8 +106,7 @@ def test_copies_in_one_epoch_are_not_drawn_together() -> None:
 
 def loader(accumulation: int = 3, **length) -> Loader[list[int]]:
     documents = [
-        Document(np.arange(n, dtype=np.int32), np.ones(n, np.float32), str(n), str(n))
-        for n in range(5, 60)
+        Document(np.arange(n, dtype=np.int32), np.ones(n, np.float32), str(n)) for n in range(5, 60)
     ]
     return Loader(
         documents,
@@ -120,6 +127,34 @@ def test_the_stream_goes_on_from_any_step() -> None:
     assert len(whole) == loader(epochs=2.5).total_steps
     for start in (1, 7, len(whole) - 1):
         assert list(loader(epochs=2.5).steps(start)) == whole[start:]
+
+
+def small_windows(monkeypatch) -> None:
+    """As if millions of rows stood before windows of thousands."""
+    for room in ("packing", "loader"):
+        monkeypatch.setattr(f"llamaweft.data.{room}.WINDOW_DOCUMENTS", 16)
+    monkeypatch.setattr("llamaweft.data.packing.BLOCK_DOCUMENTS", 4)
+
+
+def test_many_documents_are_packed_window_by_window(monkeypatch) -> None:
+    small_windows(monkeypatch)
+    windows = epoch_windows(np.ones(55), 0, 0)
+    assert len(windows) == 4
+    assert sorted(np.concatenate(windows).tolist()) == list(range(55))
+    # Neighbours of a file stay together: only where a window ends is one of the 14 blocks cut.
+    assert sum(len(np.unique(window // 4)) for window in windows) <= 14 + 3
+    assert [w.tolist() for w in windows] != [w.tolist() for w in epoch_windows(np.ones(55), 0, 1)]
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_windows_go_on_from_any_step(monkeypatch, share) -> None:
+    small_windows(monkeypatch)
+    whole = list(loader(epochs=2.5, share=share).steps())
+    assert len(whole) == loader(epochs=2.5, share=share).total_steps
+    for start in (1, 7, len(whole) - 1):
+        assert list(loader(epochs=2.5, share=share).steps(start)) == whole[start:]
+    seen = [n for step in loader(epochs=1, share=share).steps() for pack in step for n in pack]
+    assert sorted(seen) == list(range(5, 60))
 
 
 def test_max_steps_alone_decides_the_length() -> None:

@@ -1,0 +1,114 @@
+"""Which rows, and which part of each: documents that are read from the disk when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
+
+from llamaweft.data.chat import Document
+from llamaweft.data.example import Example
+from llamaweft.data.store import StoredRows
+
+
+@dataclass(frozen=True, eq=False)
+class Documents(Sequence[Document]):
+    """Parts of stored rows, as documents. rows_N, starts_N, stops_N: token [start, stop) of a row.
+    labels_N: trained tokens of each."""
+
+    stored: StoredRows
+    rows_N: np.ndarray
+    starts_N: np.ndarray
+    stops_N: np.ndarray
+    labels_N: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows_N)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.stops_N - self.starts_N
+
+    @overload
+    def __getitem__(self, index: int) -> Document: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Document]: ...
+    def __getitem__(self, index: int | slice) -> Document | list[Document]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row, start, stop = (int(a[index]) for a in (self.rows_N, self.starts_N, self.stops_N))
+        return self.stored.document(row, start, stop)
+
+
+@dataclass(frozen=True, eq=False)
+class Examples(Sequence[Example]):
+    """Stored rows as they were given."""
+
+    stored: StoredRows
+    rows_N: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows_N)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self.stored.example(int(self.rows_N[index]))
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self.stored.example(int(row)) for row in self.rows_N)
+
+
+def lengths_of(documents: Sequence[Document]) -> np.ndarray:
+    """Tokens of each."""
+    if isinstance(documents, Documents):
+        return documents.lengths
+    return np.array([len(document.ids) for document in documents], np.int64)
+
+
+def labels_of(documents: Sequence[Document]) -> np.ndarray:
+    """Trained tokens of each."""
+    if isinstance(documents, Documents):
+        return documents.labels_N
+    return np.array([document.trained_tokens for document in documents], np.int64)
+
+
+def pieces(tokens: int, max_length_tokens: int, policy: str | None) -> list[tuple[int, int]]:
+    """`data.on_too_long` applied to a document, as parts [start, stop) of it.
+
+    split: consecutive parts. drop: none. truncate: the end is cut. None: kept as it is, for the
+    audit to block.
+    """
+    if tokens <= max_length_tokens or policy is None:
+        return [(0, tokens)]
+    if policy == "drop":
+        return []
+    end = max_length_tokens if policy == "truncate" else tokens
+    starts = range(0, end, max_length_tokens)
+    return [(start, min(start + max_length_tokens, end)) for start in starts]
+
+
+def fitted(
+    stored: StoredRows, rows_N: np.ndarray, max_length_tokens: int, policy: str | None
+) -> Documents:
+    """The documents of these rows that have a trained token, fitted to the greatest length."""
+    tokens_N = stored.table["tokens"][rows_N].astype(np.int64)
+    labels_N = stored.table["trained"][rows_N].astype(np.int64)
+    kept = (labels_N > 0) & ((tokens_N <= max_length_tokens) | (policy is None))
+    whole = np.stack([rows_N, np.zeros_like(tokens_N), tokens_N, labels_N])[:, kept]
+    cut = [
+        (row, start, stop, labels)
+        for row in rows_N[~kept].tolist()
+        for start, stop in pieces(int(stored.table["tokens"][row]), max_length_tokens, policy)
+        if (labels := stored.trained(row, start, stop))
+    ]
+    if not cut:
+        return Documents(stored, *whole)
+    found = np.concatenate([whole, np.array(cut, np.int64).T], axis=1)
+    return Documents(stored, *found[:, np.lexsort(found[1::-1])])  # by row, then by start

@@ -1,0 +1,193 @@
+"""Prepared rows on the disk: written once, chunk by chunk, and read through memory maps.
+
+A row takes 5 bytes a token, its record (what the row says, as JSON) and a line of a table. So
+millions of rows need no memory, and a run that was stopped while preparing goes on from its last
+chunk.
+
+    rows.bin      a ROW for each row            records.bin   where the row is from, and its key
+    ids.bin       int32 token ids               weights.bin   uint8, indices into facts["weights"]
+    state.json    how far they go, and what is needed to go on; "complete" at the end
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from llamaweft.data.chat import Document
+from llamaweft.data.example import Example
+from llamaweft.errors import UserError
+from llamaweft.files import write_text
+
+ROW = np.dtype(
+    [
+        ("first_token", "<u8"),
+        ("first_byte", "<u8"),
+        ("key", "<u8"),
+        ("answer", "<u8"),
+        ("tokens", "<u4"),
+        ("trained", "<u4"),
+        ("flags", "<u4"),
+        ("source", "<u4"),
+    ]
+)
+"""first_token, tokens: where its tokens are. first_byte: where its record begins. key: a hash of
+what it says. answer: of its trained tokens. flags: what the audit saw (audit.py). source: index."""
+
+FILES = {"rows": ROW, "ids": np.dtype("<i4"), "weights": np.dtype("u1"), "records": np.dtype("u1")}
+
+
+class Writer:
+    """Appends rows to a folder. `state` is what the caller needs to go on: it is written with each
+    `commit`, and read back when a folder is opened that is not complete."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        found = read_state(folder)
+        self.state: dict[str, Any] = found.get("state", {})
+        sizes = found.get("bytes", {})
+        self.palette: dict[float, int] = {w: i for i, w in enumerate(found.get("weights", [0, 1]))}
+        self._files = {}
+        for name in FILES:
+            path = folder / f"{name}.bin"
+            path.touch()
+            os.truncate(path, sizes.get(name, 0))  # what came after the last commit
+            self._files[name] = path.open("ab")
+        self.rows = sizes.get("rows", 0) // ROW.itemsize
+        self._tokens = sizes.get("ids", 0) // FILES["ids"].itemsize
+        self._bytes = sizes.get("records", 0)
+
+    def append(
+        self,
+        examples: Sequence[Example],
+        documents: Sequence[Document],
+        flags: Sequence[int],
+        source: int,
+    ) -> None:
+        """Rows of one source, each as an example and its document."""
+        table = np.zeros(len(examples), ROW)
+        for place, (example, document) in enumerate(zip(examples, documents, strict=True)):
+            key = example.key.encode()
+            where = example.where.replace("\n", " ").encode(errors="replace")
+            record = where + b"\n" + key
+            trained = document.weights > 0
+            answer = document.ids[trained].tobytes()
+            table[place] = (
+                self._tokens,
+                self._bytes,
+                xxhash.xxh3_64_intdigest(key),
+                xxhash.xxh3_64_intdigest(answer),
+                len(document.ids),
+                np.count_nonzero(trained[1:]),
+                flags[place],
+                source,
+            )
+            self._files["ids"].write(document.ids.tobytes())
+            self._files["weights"].write(self._codes(document, trained).tobytes())
+            self._files["records"].write(record)
+            self._tokens += len(document.ids)
+            self._bytes += len(record)
+        self._files["rows"].write(table.tobytes())
+        self.rows += len(table)
+
+    def _codes(self, document: Document, trained: np.ndarray) -> np.ndarray:
+        """A weight's place in the palette, for each token."""
+        if np.array_equal(document.weights, trained):  # ones and zeros
+            return trained.view(np.uint8)
+        values, inverse = np.unique(document.weights, return_inverse=True)
+        codes = [self.palette.setdefault(float(v), len(self.palette)) for v in values]
+        if len(self.palette) > 256:
+            raise UserError(
+                f"{document.where}: more than 256 different weights of messages; round them"
+            )
+        return np.array(codes, np.uint8)[inverse]
+
+    def commit(self, complete: bool = False) -> None:
+        """What was appended so far stays, whatever happens now."""
+        sizes = {}
+        for name, file in self._files.items():
+            file.flush()
+            if complete:
+                os.fsync(file.fileno())
+            sizes[name] = file.tell()
+        content = {
+            "bytes": sizes,
+            "weights": list(self.palette),
+            "state": self.state,
+            "complete": complete,
+        }
+        write_text(self.folder / "state.json", json.dumps(content))
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+class StoredRows:
+    """The rows of a complete folder. table: a ROW for each."""
+
+    def __init__(self, folder: Path) -> None:
+        content = read_state(folder)
+        self.folder = folder
+        self.state: dict[str, Any] = content["state"]
+        self._palette = np.array(content["weights"], np.float32)
+        self.table, self._ids, self._codes, self._records = (
+            _mapped(folder / f"{name}.bin", kind) for name, kind in FILES.items()
+        )
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def document(self, row: int, start: int = 0, stop: int | None = None) -> Document:
+        """Tokens [start, stop) of a row."""
+        line = self.table[row]
+        first, count = int(line["first_token"]), int(line["tokens"])
+        part = slice(first + start, first + (count if stop is None else stop))
+        ids = np.array(self._ids[part])
+        return Document(ids, self._palette[self._codes[part]], self.where(row))
+
+    def trained(self, row: int, start: int, stop: int) -> int:
+        """Trained tokens of [start, stop), its first one not counted."""
+        first = int(self.table[row]["first_token"])
+        codes = self._codes[first + start + 1 : first + stop]
+        return int(np.count_nonzero(self._palette[codes]))
+
+    def where(self, row: int) -> str:
+        return self._record(row)[0]
+
+    def example(self, row: int) -> Example:
+        return Example.from_key(*self._record(row))
+
+    def _record(self, row: int) -> tuple[str, str]:
+        first = int(self.table[row]["first_byte"])
+        last = row + 1 == len(self.table)
+        stop = len(self._records) if last else int(self.table[row + 1]["first_byte"])
+        where, _, key = self._records[first:stop].tobytes().decode().partition("\n")
+        return where, key
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What the last commit wrote; empty where there was none."""
+    try:
+        content: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    sizes = content["bytes"]
+    whole = all(
+        (path := folder / f"{name}.bin").is_file() and path.stat().st_size >= sizes[name]
+        for name in FILES
+    )
+    return content if whole else {}
+
+
+def _mapped(path: Path, kind: np.dtype[Any]) -> np.ndarray:
+    if not path.stat().st_size:
+        return np.zeros(0, kind)
+    return np.memmap(path, kind, mode="r")

@@ -1,0 +1,298 @@
+"""The sections of a recipe: every key with its kind, default and one-line description. No torch
+here."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+METRICS = ("loss", "perplexity", "exact_match", "f1", "json_valid", "field_f1")
+"""Metrics that `evaluation.metrics` may name."""
+
+_UNITS = {"": 1, "B": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for suffix, base in (("iB", 1024), ("B", 1000))
+}
+
+
+def parse_bytes(value: object) -> object:
+    """`8GiB`, `500MB` or a plain number of bytes -> int. Raises ValueError for another unit."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    if match is None or match[2] not in _UNITS:
+        raise ValueError("write a size as 8GiB, 512MiB, 6GB or a number of bytes")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=False)
+
+
+HUB_ONLY = ("config", "split", "revision")
+NOT_WITH_FRACTION = ("format", "columns")
+"""Keys of rows that would be ignored: refused where given, left out of a dump."""
+
+
+Shape = Literal[
+    "auto",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "prompt_completion",
+    "question_answer",
+    "squad",
+    "summary",
+    "dialogue",
+    "text",
+    "classification",
+    "tagging",
+    "preference",
+    "rating",
+]
+
+
+class Rows(Section):
+    """Where rows come from and how they are read."""
+
+    path: str | list[str] | None = Field(
+        None, description="file, folder, glob or web address of rows, or a list of them"
+    )
+    hub: str | None = Field(None, description="data set on a hub: owner/name")
+    config: str | None = Field(None, description="configuration of the hub data set")
+    split: str = Field("train", description="split of the hub data set")
+    revision: str | None = Field(None, description="revision of the hub data set")
+    format: Shape = Field("auto", description="shape of the rows; auto recognises it")
+    columns: dict[str, str] | None = Field(
+        None, description="our column name -> the name it has in the file"
+    )
+
+    @property
+    def name(self) -> str:
+        if self.path is None:
+            return f"hub:{self.hub}"
+        return self.path if isinstance(self.path, str) else ", ".join(self.path)
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Rows:
+        if not isinstance(self, Validation) and (self.path is None) == (self.hub is None):
+            raise ValueError("give either path or hub")
+        for key in HUB_ONLY:
+            if self.hub is None and key in self.model_fields_set:
+                raise ValueError(f"{key} is a hub data set's and would be ignored here; remove it")
+        return self
+
+
+class TrainRows(Rows):
+    weight: float = Field(
+        1.0, gt=0, description="how often each row is seen in an epoch; 0.5 draws half of them"
+    )
+
+
+class Validation(Rows):
+    fraction: float | None = Field(
+        None, gt=0, lt=1, description="share of the training rows to hold out"
+    )
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Validation:
+        if sum(value is not None for value in (self.path, self.hub, self.fraction)) != 1:
+            raise ValueError("give exactly one of fraction, path and hub")
+        for key in NOT_WITH_FRACTION:
+            if self.fraction is not None and key in self.model_fields_set:
+                raise ValueError(f"{key} would be ignored beside fraction; remove one of them")
+        return self
+
+
+def _as_list(value: object) -> object:
+    """`train: chats.jsonl` and `train: {path: ...}` mean a list of one."""
+    values = value if isinstance(value, list) else [value]
+    return [{"path": v} if isinstance(v, str) else v for v in values]
+
+
+class Step(Section):
+    """One step of cleaning; what each takes beside its name is in its class."""
+
+
+class Normalize(Step):
+    step: Literal["normalize"]
+    form: Literal["NFC", "NFKC"] = Field("NFC", description="Unicode normal form")
+
+
+class Empty(Step):
+    step: Literal["empty"]
+    min_characters: int = Field(1, ge=1, description="shortest text, or answer, that is kept")
+
+
+class Length(Step):
+    step: Literal["length"]
+    min_characters: int | None = Field(None, ge=1, description="shortest row that is kept")
+    max_characters: int | None = Field(None, ge=1, description="longest row that is kept")
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Length:
+        if self.min_characters is None and self.max_characters is None:
+            raise ValueError("the step length needs min_characters or max_characters")
+        return self
+
+
+class Regex(Step):
+    step: Literal["regex"]
+    drop: str | None = Field(None, description="rows in which this is found go")
+    keep: str | None = Field(None, description="rows in which this is not found go")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Regex:
+        if (self.drop is None) == (self.keep is None):
+            raise ValueError("the step regex needs either drop or keep")
+        return self
+
+
+class Language(Step):
+    step: Literal["language"]
+    keep: list[str] = Field(min_length=1, description="languages that are kept, as ISO 639-1")
+
+
+class Duplicates(Step):
+    step: Literal["duplicates"]
+
+
+class NearDuplicates(Step):
+    step: Literal["near_duplicates"]
+    threshold: float = Field(0.8, gt=0, le=1, description="least Jaccard similarity")
+
+
+class Leakage(Step):
+    step: Literal["leakage"]
+    against: str = Field("validation", description="validation, or a file of rows")
+    ngram: int = Field(13, ge=2, description="words in a row that count as the same text")
+
+
+CleaningStep = Annotated[
+    Normalize | Empty | Length | Regex | Language | Duplicates | NearDuplicates | Leakage,
+    Field(discriminator="step"),
+]
+
+
+class Data(Section):
+    """What is learnt from."""
+
+    train: Annotated[list[TrainRows], BeforeValidator(_as_list)] = Field(
+        min_length=1, description="rows to learn from"
+    )
+    validation: Validation | None = Field(
+        Validation(fraction=0.05), description="held-out rows; null holds nothing out"
+    )
+    max_length_tokens: int = Field(2048, ge=2, description="longest document in tokens")
+    on_too_long: Literal["split", "drop", "truncate"] | None = Field(
+        None, description="what to do with a longer one; left out, it is an error"
+    )
+    train_on: Literal["assistant", "last", "all"] = Field(
+        "assistant", description="which turns are trained: assistant, last (answer) or all"
+    )
+    chat_template: str | None = Field(
+        None, description="llama3, llama3.1, chatml or a .jinja file; default: the tokenizer's own"
+    )
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="what to do with a row that cannot be read; skip counts it"
+    )
+    clean: list[CleaningStep] = Field([], description="steps that remove or change rows, in order")
+
+
+class AuditSettings(Section):
+    """The audit of the data."""
+
+    allow: list[
+        Literal[
+            "role_order",
+            "empty_answer",
+            "no_trained_token",
+            "untrained_end_of_turn",
+            "begin_of_text",
+            "out_of_vocabulary",
+            "untrained_token",
+            "validation_leak",
+            "too_long",
+        ]
+    ] = Field([], description="checks that no longer stop the run")
+
+
+class Adapter(Section):
+    """What is trained: a low-rank adapter, or the whole model."""
+
+    method: Literal["lora", "none"] = Field(
+        "lora", description="lora, or none for full fine-tuning"
+    )
+    r: int = Field(16, ge=1, description="rank")
+    lora_alpha: float = Field(32, gt=0, description="scale: lora_alpha / r")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before lora_A")
+    use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) instead")
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="all-linear (every layer's), or names such as [q_proj, v_proj]"
+    )
+
+
+class Training(Section):
+    """The loop. `step` is an optimizer step."""
+
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw", description="adamw, or adamw_8bit: its state in a quarter of the bytes"
+    )
+    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate")
+    num_train_epochs: float = Field(1, gt=0, description="passes over the training rows")
+    max_steps: int | None = Field(
+        None, ge=1, description="optimizer steps; when set it alone decides the length"
+    )
+    max_seconds: float | None = Field(
+        None, gt=0, description="stop in time to be done after so many seconds, with all saved"
+    )
+    micro_batch_tokens: int = Field(2048, ge=8, description="tokens computed at once: a pack")
+    gradient_accumulation_steps: int = Field(4, ge=1, description="packs in an optimizer step")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="shape of the learning rate after the warm-up"
+    )
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of steps that warm up")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="clip the gradient to this norm")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled decay of matrices")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second moment")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    compute_dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="dtype of the matrix products; auto takes what the device is fast in"
+    )
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda")
+    memory_budget: Bytes | None = Field(
+        None, description="peak anonymous memory of the process, e.g. 8GiB; default: what is free"
+    )
+    checkpoint_every_steps: int = Field(100, ge=1, description="steps between checkpoints")
+    save_total_limit: int = Field(2, ge=1, description="newest checkpoints kept")
+    keep_activations: Literal["compute", "bf16"] = Field(
+        "compute",
+        description="dtype of what is kept for the backward pass; bf16 changes the numbers",
+    )
+    report_to: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
+        [], description="trackers to write to besides metrics.jsonl"
+    )
+    seed: int = Field(0, ge=0, description="seed of everything random")
+
+
+class Evaluation(Section):
+    """Measuring on held-out rows."""
+
+    every_steps: int | None = Field(
+        50, ge=1, description="steps between validations; null: only before and after"
+    )
+    metrics: list[Literal[METRICS]] = Field(  # type: ignore[valid-type]
+        ["loss"], min_length=1, description=f"of {' '.join(METRICS)}; the first picks the best"
+    )
+    early_stopping_patience: int | None = Field(
+        3, ge=1, description="stop after this many validations without gain; null: never"
+    )
+    max_rows: int = Field(200, ge=1, description="held-out rows used for answers, at most")
+    max_new_tokens: int = Field(256, ge=1, description="longest answer in tokens")
