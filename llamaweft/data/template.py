@@ -335,4 +335,3 @@ def control_pattern(tokenizer: Any) -> re.Pattern[str]:
     """Finds the control tokens of a tokenizer in text."""
     names = sorted(special_texts(tokenizer), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names)) if names else r"(?!)")
-

@@ -35,7 +35,7 @@ def documents() -> list[Document]:
         weights = np.ones(length, np.float32)
         weights[: length // 2] = 0
         ids = random.integers(3, 900, length).astype(np.int32)
-        made.append(Document(ids, weights, "", ""))
+        made.append(Document(ids, weights, ""))
     return made
 
 

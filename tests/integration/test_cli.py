@@ -171,7 +171,7 @@ def our_logits(run: Path, ids: torch.Tensor) -> torch.Tensor:
 
     opened = open_subject(str(run / "run"))
     opened.model.model.compute_dtype = torch.float32
-    document = Document(ids[0].numpy(), np.zeros(ids.shape[1], np.float32), "", "")
+    document = Document(ids[0].numpy(), np.zeros(ids.shape[1], np.float32), "")
     with torch.no_grad():
         return opened.model(Pack.from_documents([document]))
 

@@ -53,7 +53,7 @@ def documents() -> list[Document]:
         for start, stop in trained:
             weights[start:stop] = 1
         ids = random.integers(3, 1500, length).astype(np.int32)
-        made.append(Document(ids, weights, "", ""))
+        made.append(Document(ids, weights, ""))
     return made
 
 

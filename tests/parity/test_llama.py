@@ -51,7 +51,7 @@ def documents(vocabulary: int, lengths: tuple[int, ...]) -> list[Document]:
         ids = random.integers(0, vocabulary, length).astype(np.int32)
         weights = (random.random(length) < 0.5).astype(np.float32)
         weights[-1] = 1
-        made.append(Document(ids, weights, "", ""))
+        made.append(Document(ids, weights, ""))
     return made
 
 

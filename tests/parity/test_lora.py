@@ -19,7 +19,7 @@ from llamaweft.model.load import load_causal_lm
 from llamaweft.model.pack import Pack
 
 IDS = np.random.default_rng(0).integers(0, 900, 48).astype(np.int32)
-DOCUMENT = Document(IDS, np.ones(48, np.float32), "", "")
+DOCUMENT = Document(IDS, np.ones(48, np.float32), "")
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:

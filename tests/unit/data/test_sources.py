@@ -252,7 +252,9 @@ def test_a_web_address_is_fetched_once_while_it_stays_the_same(
     assert fingerprint(Place(address)) != first
     assert handler.served == 3
     assert "secret" not in "".join(
-        f"{path} {path.read_bytes()!r}" for path in (tmp_path / "cache").rglob("*") if path.is_file()
+        f"{path} {path.read_bytes()!r}"
+        for path in (tmp_path / "cache").rglob("*")
+        if path.is_file()
     )
 
 

@@ -31,7 +31,7 @@ def model(tiny_folder: Path):
 
 
 def last_logits(model, ids: list[int]) -> torch.Tensor:
-    document = Document(np.array(ids), np.zeros(len(ids), np.float32), "", "")
+    document = Document(np.array(ids), np.zeros(len(ids), np.float32), "")
     with torch.no_grad():
         return model(Pack.from_documents([document]))[-1]
 

@@ -15,7 +15,7 @@ from llamaweft.model.pack import Pack
 
 
 def document(ids: list[int], trained: list[int]) -> Document:
-    return Document(np.array(ids, np.int32), np.array(trained, np.float32), "", "")
+    return Document(np.array(ids, np.int32), np.array(trained, np.float32), "")
 
 
 def test_labels_are_the_next_tokens_that_are_trained() -> None:

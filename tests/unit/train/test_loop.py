@@ -27,7 +27,7 @@ def documents() -> list[Document]:
     for length, labels in [(40, 39), (20, 1), (25, 12), (9, 5)]:
         weights = np.zeros(length, np.float32)
         weights[length - labels :] = 1
-        made.append(Document(random.integers(0, 900, length).astype(np.int32), weights, "", ""))
+        made.append(Document(random.integers(0, 900, length).astype(np.int32), weights, ""))
     return made
 
 
