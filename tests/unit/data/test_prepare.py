@@ -96,14 +96,14 @@ def test_preparing_goes_on_where_it_was_stopped(tokenizer, rows, tmp_path, stop_
     for path in folder.iterdir():
         path.unlink()
 
-    class Stopped(Exception):
+    class StoppedError(Exception):
         pass
 
     def report(count: int) -> None:
         if count >= 4 * stop_after:
-            raise Stopped
+            raise StoppedError
 
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         prepare(tokenizer, rows, other, clean=steps, report=report)
     committed = Writer(folder)
     assert 0 <= committed.rows < len(whole.examples)
