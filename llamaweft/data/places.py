@@ -107,7 +107,7 @@ def _walk(folder: Path, root: Path, levels: int | None) -> Iterator[Path]:
 
 
 def _refuse(error: OSError) -> None:
-    raise error
+    raise unreadable(str(error.filename), error)
 
 
 def _within(link: Path, root: Path) -> Path:

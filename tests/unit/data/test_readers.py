@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import json
@@ -200,6 +201,7 @@ def test_a_row_that_cannot_be_read_is_named_or_passed_over(
         ("a.jsonl", packed(GOOD, ".zst"), ["packed", ".zst"]),
         ("a.jsonl", GOOD.decode().encode("utf-16"), ["UTF-16"]),
         ("a.csv", "a,b\n1,2\n".encode("utf-16-be"), ["UTF-16"]),
+        ("a.csv", "a,b\n1,2\n".encode("utf-16-le"), ["UTF-16"]),
         ("a.txt", "ab".encode("utf-32"), ["UTF-16 or UTF-32"]),
     ],
 )  # fmt: skip
@@ -244,6 +246,7 @@ def short_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 LONG = b"x" * 1500
 
 
+# The third and fourth list: a row that decodes and is too long, a number that lies across blocks.
 @pytest.mark.parametrize(
     ("name", "content", "place", "kept"),
     [
@@ -252,10 +255,13 @@ LONG = b"x" * 1500
         ("a.jsonl", b'{"a": 1}\n{"a": "' + LONG, "line 2", [1]),
         ("a.json", b'[{"a": 1},\n{"a": "[' + LONG + b'\\"]"},\n{"a": 2}]', "line 2", [1, 2]),
         ("a.json", b'[{"a": 1},\n{"a": [' + b"1," * 900 + b'3]},\n{"a": 2}]', "line 2", [1, 2]),
+        ("a.json", b'[{"a": 1},\n{"a": "' + b"x" * 995 + b'"},\n{"a": 2}]', "row 2", [1, 2]),
+        ("a.json", b"[" + b"12" * 100 + b',\n{"a": 2}]', "row 1", [2]),
+        ("a.csv", b'a,b\n1,1\n"3\n' + b"2,2\n" * 400 + b'x",1\n', "line 3", ["1"] + ["2"] * 400 + ['x"']),
         ("a.csv", b'a\n1\n"' + LONG + b'"\n2\n', "line 3", ["1", "2"]),
         ("a.csv", b'a,b\n1,1\n"3,\n' + b"2,2\n" * 400, "line 3", ["1"] + ["2"] * 400),
     ],
-)
+)  # fmt: skip
 def test_a_row_that_is_too_long_is_passed_over(
     name: str, content: bytes, place: str, kept: list, tmp_path: Path, short_rows: None
 ) -> None:
@@ -264,6 +270,17 @@ def test_a_row_that_is_too_long_is_passed_over(
     assert [row.content["a"] for row in found] == kept
     assert bad.count == 1
     assert f"{name} {place} " in bad.examples[0]
+
+
+@pytest.mark.parametrize("piece", [b'"' + b'\\"]' * 50 + b'"', b'"\\\\", ' * 50])
+@pytest.mark.parametrize("block", range(1, 12))
+def test_an_escape_that_lies_across_blocks_is_one(
+    block: int, piece: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(content, "BLOCK_BYTES", block)
+    (tmp_path / "a.json").write_bytes(b'[{"a": x, "b": ' + piece + b'},\n{"a": 2}]')
+    found, bad = read(tmp_path / "a.json", "skip")
+    assert ([row.content for row in found], bad.count) == ([{"a": 2}], 1)
 
 
 def test_lines_after_a_row_that_is_too_long_keep_their_number(
@@ -280,6 +297,21 @@ def test_a_line_that_was_passed_over_is_no_part_of_a_field(
     found, bad = read(tmp_path / "a.csv", "skip")
     assert [row.content for row in found if row.content["a"] not in ('y"', "2")] == []
     assert bad.count == 2
+
+
+def test_a_row_of_a_parquet_file_that_is_too_long_is_passed_over(
+    tmp_path: Path, short_rows: None
+) -> None:
+    pq.write_table(pa.table({"a": [["x" * 600, "y" * 600], ["z"]]}), tmp_path / "a.parquet")
+    found, bad = read(tmp_path / "a.parquet", "skip")
+    assert [row.number for row in found] == [2]
+    assert "row 1 is longer than" in bad.examples[0]
+
+
+def test_a_field_may_be_longer_than_pythons_own_limit(tmp_path: Path) -> None:
+    csv.field_size_limit(131_072)
+    (tmp_path / "a.csv").write_bytes(b"a\n" + b"x" * 200_000 + b"\n")
+    assert len(read(tmp_path / "a.csv")[0][0].content["a"]) == 200_000
 
 
 def test_rows_of_a_parquet_file_that_are_no_text_are_named(tmp_path: Path) -> None:
@@ -322,6 +354,14 @@ def test_a_bomb_is_refused(packing: str, tmp_path: Path) -> None:
     path.write_bytes(packed((b" " * 999 + b"\n") * 70_000, packing))
     with pytest.raises(UserError, match="unpacks to more than 250 times its size"):
         read(path, "skip")
+
+
+def test_a_file_that_was_packed_well_is_no_bomb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(content, "BOMB_BYTES", 1000)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(GOOD * 1000))
+    assert len(read(tmp_path / "a.jsonl.gz")[0]) == 1000
 
 
 def test_a_row_of_50_mb_is_never_held(tmp_path: Path) -> None:

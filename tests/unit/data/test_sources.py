@@ -62,6 +62,27 @@ def test_a_folder_is_read_through_in_order(folder: Path) -> None:
     ]  # fmt: skip
 
 
+def test_the_files_of_a_folder_are_sorted_by_name(tmp_path: Path) -> None:
+    for number in (5, 2, 8, 1, 9, 3, 7, 4, 6):
+        (tmp_path / f"{number}.jsonl").write_text(line(number))
+    assert numbers(tmp_path) == list(range(1, 10))
+
+
+def test_a_folder_within_that_may_not_be_read_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = os.scandir
+
+    def scandir(path: str) -> Iterator[os.DirEntry]:
+        if path.endswith("deep"):
+            raise PermissionError(13, "Permission denied", path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match="data/deep cannot be read: Permission denied"):
+        numbers(folder)
+
+
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [
@@ -297,6 +318,9 @@ def test_a_folder_and_a_glob_of_another_file_system(
         assert numbers("memory://bucket") == [1, 2]
         assert numbers("memory://bucket/[2-9].jsonl") == [2]
         assert read_path("memory://bucket/1.jsonl")[0].where == "memory:///bucket/1.jsonl line 1"
+        copies = [path.stat().st_ino for path in (tmp_path / "cache").rglob("*.jsonl")]
+        assert numbers("memory://bucket") == [1, 2]
+        assert [path.stat().st_ino for path in (tmp_path / "cache").rglob("*.jsonl")] == copies
         store.pipe("/bucket/1.jsonl", line(3).encode())
         assert numbers("memory://bucket/1.jsonl") == [3]
         for place in ("gone.jsonl", "x.pdf", "*.csv"):
