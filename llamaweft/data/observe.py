@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llamaweft.data.chat import Document, Encoder, special_ids, stop_ids
+from llamaweft.data.chat import Document, Encoder, stop_ids
 from llamaweft.data.example import Example
 from llamaweft.data.template import Rendered
 
@@ -48,7 +48,7 @@ class Observer:
         self.encoder = encoder
         self.vocab_size = vocab_size
         self.untrained = np.array(sorted(untrained), np.int32)
-        self.stops, self.special = stop_ids(tokenizer), special_ids(tokenizer)
+        self.stops = stop_ids(tokenizer)
         self.bos: int | None = tokenizer.bos_token_id
         self.begins = self.bos is not None and encoder.begins_with(self.bos)
 
@@ -79,7 +79,7 @@ class Observer:
     def _ends(self, document: Document) -> bool:
         """Whether the last trained token ends a turn; white space may follow it."""
         places = np.flatnonzero(document.weights)[-3:]
-        tail = [token for token in document.ids[places].tolist() if token in self.special]
+        tail = [token for token in document.ids[places].tolist() if token in self.encoder.special]
         return bool(tail) and tail[-1] in self.stops
 
     def _begins_once(self, ids: np.ndarray) -> bool:
@@ -92,18 +92,19 @@ class Observer:
 def roles_in_order(example: Example) -> bool:
     """An optional system message, then user and assistant in turn; results of functions follow the
     answer that called them, and the answer to the user follows them."""
-    roles = [message["role"] for message in example.messages]
-    if roles and roles[0] in ("system", "developer"):
-        roles = roles[1:]
+    messages = example.messages
+    if messages and messages[0]["role"] == "system":
+        messages = messages[1:]
     expected = {"user"}
-    for message, role in zip(example.messages[-len(roles) :], roles, strict=True):
+    for message in messages:
+        role = message["role"]
         if role not in expected:
             return False
         if role == "assistant":
             expected = {"tool"} if message.get("tool_calls") else {"user"}
         else:
             expected = {"assistant", "tool"} if role == "tool" else {"assistant"}
-    return bool(roles)
+    return bool(messages)
 
 
 def _is_empty_answer(message: dict[str, Any]) -> bool:

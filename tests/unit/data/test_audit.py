@@ -10,7 +10,8 @@ import pytest
 
 from llamaweft.data.audit import BLOCKING, REMEDIES
 from llamaweft.data.holdout import hold_out
-from llamaweft.data.prepare import File, Preparation, Prepared
+from llamaweft.data.prepare import Preparation, Prepared
+from llamaweft.data.sources import PlainSource
 from llamaweft.errors import UserError
 from llamaweft.settings import AuditSettings
 
@@ -37,8 +38,10 @@ def prepare(tokenizer, tmp_path: Path, monkeypatch):
             "seed": 0,
             **options,
         }
-        train = File(write(tmp_path / "rows.jsonl", rows))
-        held = None if validation is None else File(write(tmp_path / "held.jsonl", validation))
+        train = PlainSource(write(tmp_path / "rows.jsonl", rows))
+        held = (
+            None if validation is None else PlainSource(write(tmp_path / "held.jsonl", validation))
+        )
         return Preparation(tokenizer, **settings).prepare([(train, 1.0)], held, None)
 
     return prepared
@@ -63,6 +66,7 @@ def test_clean_rows_pass(prepare) -> None:
     [
         (chat(("assistant", "a"), ("user", "q"), ("assistant", "b")), "role_order", "blocking"),
         (chat(("user", "q"), ("user", "r"), ("assistant", "b")), "role_order", "blocking"),
+        (chat(("system", "only a system message")), "role_order", "blocking"),
         (chat(("user", "q"), ("assistant", " ")), "empty_answer", "blocking"),
         (chat(("user", "only a question")), "no_trained_token", "blocking"),
         (chat(("user", "q"), ("assistant", "long " * 300)), "too_long", "blocking"),
