@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from itertools import cycle, islice
@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import data, models, report
-from benchmarks.contender import ROOT
+from benchmarks.contender import ROOT, Peak
 from llamaweft.data.chat import Encoder
 from llamaweft.data.formats import to_examples
 from llamaweft.data.loader import Loader
-from llamaweft.data.prepare import File, Preparation
-from llamaweft.data.sources import read_path
+from llamaweft.data.prepare import Preparation
+from llamaweft.data.sources import PlainSource, read_path
 from llamaweft.model.tokenizer import load_tokenizer
 from llamaweft.runtime import anon_bytes, cache_dir
 
@@ -69,7 +69,7 @@ def prepare(tokenizer: Any, kind: str, path: Path) -> tuple[float, int]:
     """Seconds and tokens, without what was prepared before."""
     shutil.rmtree(cache_dir() / "prepared", ignore_errors=True)
     began = time.perf_counter()
-    made = preparation(tokenizer, kind).prepare([(File(str(path)), 1.0)], None, None)
+    made = preparation(tokenizer, kind).prepare([(PlainSource(str(path)), 1.0)], None, None)
     return time.perf_counter() - began, made.audit.tokens
 
 
@@ -103,22 +103,6 @@ def speed(tokenizer: Any, kind: str, options: argparse.Namespace) -> dict[str, A
     }
 
 
-class Peak(threading.Thread):
-    """The most anonymous memory of this process, looked at ten times a second."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.bytes, self._over = 0, threading.Event()
-
-    def run(self) -> None:
-        while not self._over.wait(0.1):
-            self.bytes = max(self.bytes, anon_bytes())
-
-    def stop(self) -> int:
-        self._over.set()
-        return self.bytes
-
-
 def memory(tokenizer: Any, kind: str, options: argparse.Namespace) -> dict[str, Any]:
     """Prepare, and pack the first epoch; the rows are short, as the count is what is measured."""
     path = options.work / f"many-{kind}.jsonl"
@@ -126,14 +110,16 @@ def memory(tokenizer: Any, kind: str, options: argparse.Namespace) -> dict[str, 
         for number in range(options.rows):
             file.write(json.dumps(short_row(kind, number)) + "\n")
     shutil.rmtree(cache_dir() / "prepared", ignore_errors=True)
-    before, peak = anon_bytes(), Peak()
-    peak.start()
-    began = time.perf_counter()
-    made = preparation(tokenizer, kind).prepare([(File(str(path)), 1.0)], None, options.held_out)
-    seconds = time.perf_counter() - began
-    prepared_peak = peak.bytes
-    began = time.perf_counter()
-    loader = Loader(made.documents, len, micro_batch_tokens=2048, accumulation=4, share=True)
+    before = anon_bytes()
+    with Peak(os.getpid()) as peak:
+        began = time.perf_counter()
+        made = preparation(tokenizer, kind).prepare(
+            [(PlainSource(str(path)), 1.0)], None, options.held_out
+        )
+        seconds, prepared_peak = time.perf_counter() - began, peak.anon_bytes
+        began = time.perf_counter()
+        loader = Loader(made.documents, len, micro_batch_tokens=2048, accumulation=4, share=True)
+        packing = time.perf_counter() - began
     found = {
         "kind": kind,
         "rows": options.rows,
@@ -144,8 +130,8 @@ def memory(tokenizer: Any, kind: str, options: argparse.Namespace) -> dict[str, 
         "seconds_preparing": seconds,
         "rows_per_second": options.rows / seconds,
         "steps": loader.total_steps,
-        "seconds_packing": time.perf_counter() - began,
-        "peak_anon_bytes": peak.stop(),
+        "seconds_packing": packing,
+        "peak_anon_bytes": peak.anon_bytes,
     }
     path.unlink()
     return found

@@ -86,7 +86,7 @@ class Contender:
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        with _Peak(self._process.pid) as peak:
+        with Peak(self._process.pid) as peak:
             line = self._process.stdout.readline()
         if not line:
             raise self._died()
@@ -119,7 +119,7 @@ class Contender:
         self.close()
 
 
-class _Peak:
+class Peak:
     """The peaks of a process's memory while the block runs, sampled from a thread of ours: a
     thread of its own would wait for its interpreter and miss the highest moment."""
 
@@ -140,7 +140,7 @@ class _Peak:
                 self.anon_bytes = max(self.anon_bytes, _bytes(values["RssAnon"]))
                 self.rss_bytes = max(self.rss_bytes, _bytes(values["VmRSS"]))
 
-    def __enter__(self) -> _Peak:
+    def __enter__(self) -> Peak:
         self._thread.start()
         return self
 

@@ -10,6 +10,11 @@ from pathlib import Path
 
 from llamaweft.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # no such locks on this system
+    fcntl = None  # type: ignore[assignment]
+
 
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
@@ -33,6 +38,17 @@ def written_aside(folder: Path) -> Iterator[Path]:
         raise UserError(f"{folder} cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """A file that one process holds at a time, the others waiting; it is let go with its process,
+    however that ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def write_text(path: Path, text: str) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llamaweft.data.chat import Encoder, stop_ids
-from llamaweft.data.formats import Example
+from llamaweft.data.example import Example
 from llamaweft.errors import UserError
 from llamaweft.files import write_text
 from llamaweft.generate.generate import generate_batch

@@ -16,7 +16,7 @@ import numpy as np
 from llamaweft.adapters.folder import CONFIG, load_adapter_state, read_adapter, save_adapter
 from llamaweft.adapters.lora import inject
 from llamaweft.data.chat import stop_ids
-from llamaweft.data.formats import Example
+from llamaweft.data.example import Example
 from llamaweft.errors import RunError, UserError
 from llamaweft.evaluate.evaluator import Progress, side_by_side
 from llamaweft.export.hf import export_merged

@@ -205,3 +205,28 @@ def _quantiles(values_N: np.ndarray) -> dict[str, int]:
         return {}
     shares = {"least": 0.0, "median": 0.5, "p90": 0.9, "p99": 0.99, "most": 1.0}
     return {name: int(np.quantile(values_N, share)) for name, share in shares.items()}
+
+
+def audit_in_words(content: dict[str, Any]) -> str:
+    """Rows and tokens of an `Audit.to_dict()`, of this version or an older one."""
+    labels = ("rows", "training rows"), ("validation_rows", "held-out rows"), ("tokens", "tokens")
+    parts = [f"{content[key]:,} {label}" for key, label in labels if key in content]
+    if content.get("tokens") and "trained_tokens" in content:
+        share = content["trained_tokens"] / content["tokens"]
+        parts.append(f"{content['trained_tokens']:,} of them trained ({share:.1%})")
+    if "longest_tokens" in content:
+        parts.append(f"longest row {content['longest_tokens']:,} tokens")
+    return ", ".join(parts)
+
+
+def finding_in_words(finding: dict[str, Any]) -> dict[str, str]:
+    """A finding of an `Audit.to_dict()` as it is shown, without its examples."""
+    passed = finding["status"] == "passed"
+    return {
+        "check": str(finding["check"]),
+        "status": str(finding["status"]),
+        "rows": f"{finding['count']:,}",
+        "share": f"{finding['share']:.1%}",
+        # what a passed check would have advised is noise
+        "remedy": "" if passed else str(finding["remedy"]),
+    }

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, StrictUndefined
 
+from llamaweft.data.audit import audit_in_words, finding_in_words
 from llamaweft.errors import UserError
 from llamaweft.files import write_text
 
@@ -122,7 +123,7 @@ def _html(page: PageInput) -> str:
     view = {
         "title": page.title or "Audit of the data",
         "verdict": _verdict(page.audit),
-        "summary": _summary(page.audit),
+        "summary": audit_in_words(page.audit),
         "findings": [_finding(f, found, shown) for f in _ordered(page.audit)],
         "cleaning": page.cleaning,
         "histograms": [
@@ -269,14 +270,7 @@ def _ordered(audit: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _finding(finding: dict[str, Any], found: Counter[str], shown: set[str]) -> dict[str, Any]:
     """One line of the table. found, shown: checks and places that a link can lead to."""
-    passed = finding["status"] == "passed"
-    return {
-        "check": str(finding["check"]),
-        "status": str(finding["status"]),
-        "rows": f"{finding['count']:,}",
-        "share": f"{finding['share']:.1%}",
-        # what a passed check would have advised is noise
-        "remedy": "" if passed else str(finding["remedy"]),
+    return finding_in_words(finding) | {
         "examples": [(str(where), where in shown) for where in finding["examples"]],
         "linked": finding["check"] in found,
     }
@@ -298,17 +292,6 @@ def _verdict(audit: dict[str, Any]) -> dict[str, Any]:
     else:
         tone, word, text = "good", "✓ Passed", "Nothing blocks training."
     return {"tone": tone, "word": word, "text": text, "blocking": []}
-
-
-def _summary(audit: dict[str, Any]) -> str:
-    labels = ("rows", "training rows"), ("validation_rows", "held-out rows"), ("tokens", "tokens")
-    parts = [f"{audit[key]:,} {label}" for key, label in labels if key in audit]
-    if audit.get("tokens") and "trained_tokens" in audit:
-        share = audit["trained_tokens"] / audit["tokens"]
-        parts.append(f"{audit['trained_tokens']:,} of them trained ({share:.1%})")
-    if "longest_tokens" in audit:
-        parts.append(f"longest row {audit['longest_tokens']:,} tokens")
-    return ", ".join(parts)
 
 
 def _lengths(lengths: Sequence[int], limit: int) -> Histogram | None:

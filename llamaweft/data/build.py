@@ -7,7 +7,6 @@ Tokenising runs in a thread beside the rest, on every core: the tokenizers libra
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -26,10 +25,11 @@ from llamaweft.data.duplicates import NearDuplicates
 from llamaweft.data.example import Example
 from llamaweft.data.formats import to_examples
 from llamaweft.data.observe import Flag, Observer
-from llamaweft.data.sources import BadRows, Row, fingerprint, read_rows
+from llamaweft.data.sources import BadRows, Row, Source, fingerprint, read_rows
 from llamaweft.data.store import StoredRows, Writer, read_state
 from llamaweft.data.template import Rendered
 from llamaweft.errors import UserError
+from llamaweft.files import locked
 from llamaweft.runtime import cache_dir
 
 VERSION = 1
@@ -59,7 +59,7 @@ class Chunk:
 class Build:
     """Sources, and all that decides what becomes of their rows."""
 
-    sources: Sequence[Any]
+    sources: Sequence[Source]
     task: str
     encoder: Encoder
     observer: Observer
@@ -72,9 +72,7 @@ class Build:
         """The prepared rows. Raises UserError, naming the row, for what cannot be read; nothing
         is left in the cache then."""
         folder = cache_dir() / "prepared" / self._digest()
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with (folder.parent / f".{folder.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits for the first one's rows
+        with locked(folder.parent / f".{folder.name}.lock"):  # a second process waits for the rows
             if not read_state(folder).get("complete"):
                 try:
                     self._write(folder)

@@ -16,7 +16,7 @@ import numpy as np
 
 from llamaweft.data.example import Example
 from llamaweft.data.template import ChatTemplate, Rendered, Span, control_pattern, special_texts
-from llamaweft.data.tokens import Tokens, tokens_of, without_control
+from llamaweft.data.tokens import Tokens, without_control
 
 Tokenizer = Any
 """A transformers fast tokenizer."""
@@ -100,7 +100,7 @@ class Encoder:
 
     def _tokens(self, text: Rendered, encoding: Any) -> Tokens:
         if not self.writes_control_tokens(text):
-            return tokens_of(encoding)
+            return Tokens(encoding.ids, encoding)
         return without_control(self.core, self._plain_core, self._control, text.text, text.contents)
 
     @cached_property

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 import xxhash
 
+from llamaweft.data.cleaning import texts_of
 from llamaweft.data.example import Example
 from llamaweft.data.leakage import NGRAM_WORDS, Leak, Leakage, ngrams, word_spans
 from llamaweft.data.store import StoredRows
@@ -31,10 +32,7 @@ class Pair:
     """A training row and the held-out row that it holds. shared: words in a row in both."""
 
     row: int
-    where: str
     reference_row: int
-    reference: str
-    share: float
     shared: str
     verdict: str
 
@@ -61,7 +59,7 @@ def contamination(
     if not len(rows_N) or not len(held_N):
         return Contamination()
     parts = [rows_N.tobytes(), held.folder.name.encode(), held_N.tobytes(), str(ngram).encode()]
-    file = stored.folder / f"contamination-{xxhash.xxh3_64_hexdigest(b'|'.join(parts))}.json"
+    file = stored.folder / f"leaks-{xxhash.xxh3_64_hexdigest(b'|'.join(parts))}.json"
     if file.exists():
         content = json.loads(file.read_text(encoding="utf-8"))
         pairs = [Pair(**pair) for pair in content.pop("pairs")]
@@ -83,16 +81,12 @@ def _pairs(
         index.add(row, held.example(row))
     pairs = []
     for row in rows_N.tolist():
-        example = stored.example(row)
-        found = index.find(*asked_and_answered(example))
+        found = index.find(*asked_and_answered(stored.example(row)))
         if found is not None:
             leak, verdict = found
-            other = leak.reference_where
-            pairs.append(
-                Pair(row, example.where, index.row[other], other, leak.share, leak.shared, verdict)
-            )
+            pairs.append(Pair(row, index.row[leak.reference_where], leak.shared, verdict))
     spread = index.spread()
-    return [replace(p, verdict="leak") if p.reference in spread else p for p in pairs]
+    return [replace(p, verdict="leak") if p.reference_row in spread else p for p in pairs]
 
 
 class _HeldOut:
@@ -127,11 +121,11 @@ class _HeldOut:
             return None  # short answers are alike by chance
         return answered, "overlap" if question else answered.verdict
 
-    def spread(self) -> set[str]:
-        """Texts that the training rows hold half of, taken together. Answers do not count: parts
-        of one may stand under any question."""
+    def spread(self) -> set[int]:
+        """Rows of texts that the training rows hold half of, taken together. Answers do not count:
+        parts of one may stand under any question."""
         leaks = {leak.reference_where for leak in self._answers.found() if leak.verdict == "leak"}
-        return {where for where in leaks if not self._question[where]}
+        return {self.row[where] for where in leaks if not self._question[where]}
 
     def _of(self, leak: Leak) -> bytes:
         return self._question[leak.reference_where]
@@ -146,10 +140,5 @@ def asked_and_answered(example: Example) -> tuple[str, str]:
     """What user and functions say, and what the assistant does; a text is an answer to nothing."""
     if example.text is not None:
         return "", example.text
-    said: dict[bool, list[str]] = {True: [], False: []}
-    for message in example.messages:
-        if message["role"] not in ("system", "developer"):
-            calls = message.get("tool_calls")
-            text = message["content"] + (f" {json.dumps(calls)}" if calls else "")
-            said[message["role"] == "assistant"].append(text)
-    return "\n".join(said[False]), "\n".join(said[True])
+    asked, answered = texts_of(example, ("user", "tool")), texts_of(example, ("assistant",))
+    return "\n".join(asked), "\n".join(answered)

@@ -11,14 +11,12 @@ from dataclasses import replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
-from llamaweft.data.example import Example, Message, Span
+from llamaweft.data.example import Example, Span
 from llamaweft.data.shapes import SHAPES, TASK_SHAPES, named, no_shape, read_shape, shapes_of
 from llamaweft.errors import UserError
 
 if TYPE_CHECKING:
     from llamaweft.data.sources import BadRows, Row
-
-__all__ = ["Example", "Message", "to_examples", "to_prompts"]
 
 LOOK_AHEAD_ROWS = 10_000
 """Rows that are looked through for further shapes once a file has two."""

@@ -41,10 +41,10 @@ def page_input(
     for check, found_N in prepared.by_check.items():
         for row in np.intersect1d(found_N, training).tolist():
             findings[row].append(check)
-    pieces = Pieces(tokenizer)
-    rows = [_row(stored, row, False, findings[row], pieces) for row in training]
+    texts = TokenTexts(tokenizer)
+    rows = [_row(stored, row, False, findings[row], texts) for row in training]
     rows += [
-        _row(held, row, True, [], pieces)
+        _row(held, row, True, [], texts)
         for row in prepared.validation.rows_N[: MOST_ROWS // 10].tolist()
     ]
     place = {row: i for i, row in enumerate(training)}
@@ -64,7 +64,7 @@ def page_input(
     )
 
 
-class Pieces:
+class TokenTexts:
     """Tokens as text, each decoded once."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -79,10 +79,10 @@ class Pieces:
 
 
 def _row(
-    stored: StoredRows, row: int, held_out: bool, findings: list[str], pieces: Pieces
+    stored: StoredRows, row: int, held_out: bool, findings: list[str], texts: TokenTexts
 ) -> PageRow:
     document = stored.document(row)
-    tokens, weights = pieces(document.ids.tolist()), document.weights.tolist()
+    tokens, weights = texts(document.ids.tolist()), document.weights.tolist()
     return PageRow(document.where, held_out, tokens, weights, findings)
 
 

@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from llamaweft.data.audit import Audit, Material, audit, rows_by_check
+from llamaweft.data.audit import EXAMPLES_SHOWN, Audit, Material, audit, rows_by_check
 from llamaweft.data.build import Build
 from llamaweft.data.chat import Document, Encoder, Tokenizer
 from llamaweft.data.contamination import Contamination, contamination
@@ -20,29 +20,8 @@ from llamaweft.data.formats import to_examples
 from llamaweft.data.holdout import hold_out
 from llamaweft.data.observe import Flag, Observer
 from llamaweft.data.selection import Documents, Examples, fitted, pieces
-from llamaweft.data.sources import read_rows
+from llamaweft.data.sources import PlainSource, Source, read_rows
 from llamaweft.data.store import StoredRows
-
-EXAMPLES_SHOWN = 5
-
-
-class Source(Protocol):
-    """Where rows come from; the recipe's `data.train` rows are such."""
-
-    @property
-    def path(self) -> str | list[str] | None: ...
-    @property
-    def hub(self) -> str | None: ...
-    @property
-    def config(self) -> str | None: ...
-    @property
-    def split(self) -> str: ...
-    @property
-    def revision(self) -> str | None: ...
-    @property
-    def format(self) -> str: ...
-    @property
-    def columns(self) -> dict[str, str] | None: ...
 
 
 @dataclass(frozen=True)
@@ -192,7 +171,7 @@ class Preparation:
     ) -> np.ndarray:
         """Which of the rows are found in the validation rows, or in those of a file."""
         if step["against"] != "validation":
-            held = self._build([File(step["against"])], ())
+            held = self._build([PlainSource(step["against"])], ())
             held_N = np.arange(len(held))
         found = contamination(removed.stored, removed.rows_N, held, held_N, step["ngram"])
         same = np.isin(removed.keys, held.table["key"][held_N])
@@ -202,19 +181,6 @@ class Preparation:
         pad = self.tokenizer.pad_token_id
         same = pad is not None and pad in self._observer.stops
         return str(self.tokenizer.name_or_path) if same else None
-
-
-@dataclass(frozen=True)
-class File:
-    """A source that is one path, its rows of any shape."""
-
-    path: str | list[str] | None
-    hub: str | None = None
-    config: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    format: str = "auto"
-    columns: dict[str, str] | None = None
 
 
 class Removal:

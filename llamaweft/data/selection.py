@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import TypeVar, overload
 
 import numpy as np
 
@@ -12,9 +13,32 @@ from llamaweft.data.chat import Document
 from llamaweft.data.example import Example
 from llamaweft.data.store import StoredRows
 
+Item = TypeVar("Item")
+
+
+class _OfRows(Sequence[Item]):
+    """Items made of stored rows when they are asked for. rows_N: the row of each."""
+
+    rows_N: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows_N)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        if isinstance(index, slice):
+            return [self._at(i) for i in range(*index.indices(len(self)))]
+        return self._at(index)
+
+    @abstractmethod
+    def _at(self, index: int) -> Item: ...
+
 
 @dataclass(frozen=True, eq=False)
-class Documents(Sequence[Document]):
+class Documents(_OfRows[Document]):
     """Parts of stored rows, as documents. rows_N, starts_N, stops_N: token [start, stop) of a row.
     labels_N: trained tokens of each."""
 
@@ -24,45 +48,24 @@ class Documents(Sequence[Document]):
     stops_N: np.ndarray
     labels_N: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.rows_N)
-
     @property
     def lengths(self) -> np.ndarray:
         return self.stops_N - self.starts_N
 
-    @overload
-    def __getitem__(self, index: int) -> Document: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Document]: ...
-    def __getitem__(self, index: int | slice) -> Document | list[Document]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def _at(self, index: int) -> Document:
         row, start, stop = (int(a[index]) for a in (self.rows_N, self.starts_N, self.stops_N))
         return self.stored.document(row, start, stop)
 
 
 @dataclass(frozen=True, eq=False)
-class Examples(Sequence[Example]):
+class Examples(_OfRows[Example]):
     """Stored rows as they were given."""
 
     stored: StoredRows
     rows_N: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.rows_N)
-
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def _at(self, index: int) -> Example:
         return self.stored.example(int(self.rows_N[index]))
-
-    def __iter__(self) -> Iterator[Example]:
-        return (self.stored.example(int(row)) for row in self.rows_N)
 
 
 def lengths_of(documents: Sequence[Document]) -> np.ndarray:

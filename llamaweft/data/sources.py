@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
 
@@ -34,6 +35,19 @@ class Source(Protocol):
     def format(self) -> str: ...
     @property
     def columns(self) -> dict[str, str] | None: ...
+
+
+@dataclass(frozen=True)
+class PlainSource:
+    """A source that no recipe describes: a place, its rows of any shape."""
+
+    path: str | list[str] | None = None
+    hub: str | None = None
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    format: str = "auto"
+    columns: dict[str, str] | None = None
 
 
 def read_rows(source: Source, bad: BadRows | None = None) -> Iterator[Row]:

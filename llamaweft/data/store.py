@@ -5,8 +5,8 @@ millions of rows need no memory, and a run that was stopped while preparing goes
 chunk.
 
     rows.bin      a ROW for each row            records.bin   where the row is from, and its key
-    ids.bin       int32 token ids               weights.bin   uint8, indices into facts["weights"]
-    state.json    how far they go, and what is needed to go on; "complete" at the end
+    ids.bin       int32 token ids               weights.bin   uint8, indices into "weights"
+    state.json    how far they go, what is needed to go on, the "weights"; "complete" at the end
 """
 
 from __future__ import annotations
@@ -160,16 +160,17 @@ class StoredRows:
         return int(np.count_nonzero(self._palette[codes]))
 
     def where(self, row: int) -> str:
-        return self._record(row)[0]
+        return self._record(row)[0].decode()
 
     def example(self, row: int) -> Example:
-        return Example.from_key(*self._record(row))
+        where, key = self._record(row)
+        return Example.from_key(where.decode(), key.decode())
 
-    def _record(self, row: int) -> tuple[str, str]:
+    def _record(self, row: int) -> tuple[bytes, bytes]:
         first = int(self.table[row]["first_byte"])
         last = row + 1 == len(self.table)
         stop = len(self._records) if last else int(self.table[row + 1]["first_byte"])
-        where, _, key = self._records[first:stop].tobytes().decode().partition("\n")
+        where, _, key = self._records[first:stop].tobytes().partition(b"\n")
         return where, key
 
 

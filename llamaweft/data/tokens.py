@@ -71,10 +71,6 @@ class Tokens:
         return np.asarray(given, dtype=np.int64).reshape(-1, 2)
 
 
-def tokens_of(encoding: Any) -> Tokens:
-    return Tokens(encoding.ids, encoding)
-
-
 def without_control(
     core: Any, plain_core: Any, control: re.Pattern[str], text: str, written: Sequence[Span | None]
 ) -> Tokens:

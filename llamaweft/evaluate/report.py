@@ -17,6 +17,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from llamaweft.data.audit import audit_in_words, finding_in_words
 from llamaweft.evaluate.curves import panels
 from llamaweft.evaluate.report_markdown import markdown_report
 from llamaweft.evaluate.report_metrics import NOTHING, compare_metrics, finite, headline
@@ -205,26 +206,10 @@ def _audit(audit: dict[str, Any]) -> dict[str, Any]:
         audit.get("findings", []),
         key=lambda f: _STATUS_ORDER.index(f["status"]) if f["status"] in _STATUS_ORDER else 0,
     )
-    labels = ("rows", "training rows"), ("validation_rows", "held-out rows"), ("tokens", "tokens")
-    parts = [f"{audit[key]:,} {label}" for key, label in labels if key in audit]
-    if audit.get("tokens") and "trained_tokens" in audit:
-        share = audit["trained_tokens"] / audit["tokens"]
-        parts.append(f"{audit['trained_tokens']:,} of them trained ({share:.1%})")
-    if "longest_tokens" in audit:
-        parts.append(f"longest row {audit['longest_tokens']:,} tokens")
     return {
-        "summary": ", ".join(parts),
+        "summary": audit_in_words(audit),
         "findings": [
-            {
-                "check": str(f["check"]),
-                "status": str(f["status"]),
-                "rows": f"{f['count']:,}",
-                "share": f"{f['share']:.1%}",
-                # what a passed check would have advised is noise
-                "remedy": "" if f["status"] == "passed" else str(f["remedy"]),
-                "examples": ", ".join(map(str, f["examples"])),
-            }
-            for f in findings
+            finding_in_words(f) | {"examples": ", ".join(map(str, f["examples"]))} for f in findings
         ],
     }
 

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from llamaweft import runtime
 from llamaweft.errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # not on Windows: two first uses at once then convert twice
-    fcntl = None  # type: ignore[assignment]
+from llamaweft.files import locked
 
 CONVERTER_FORMAT = 1
 """Raised when the conversion writes something else, so that no old folder is used."""
@@ -57,8 +51,7 @@ def builtin_folder(name: str) -> Path:
     if folder.exists():
         return folder
     source = _source(name, model)
-    models.mkdir(parents=True, exist_ok=True)
-    with _lock(models / f".{folder.name}.lock"):
+    with locked(models / f".{folder.name}.lock"):
         if not folder.exists():
             from llamaweft.model.gguf import convert_gguf  # slow to import, needed once
 
@@ -80,12 +73,3 @@ def _source(name: str, model: BuiltinModel) -> Path:
             f"{install}"
         )
     return source
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Held by one process; it dies with the process."""
-    with open(path, "w") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 
 from llamaweft.errors import UserError
+from llamaweft.files import locked
 from llamaweft.model.folder import checked_tensors, read_config, shards
 from llamaweft.model.llama import empty_causal_lm
 from llamaweft.model.presets import LlamaConfig
@@ -42,9 +42,7 @@ def open_store(folder: Path, codec: str) -> Store:
             )
         return store
     target = cached_store(folder, codec)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with (target.parent / f".{target.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits for the first one's store
+    with locked(target.parent / f".{target.name}.lock"):  # a second process waits for the store
         if target.exists():
             try:
                 store = Store(target)

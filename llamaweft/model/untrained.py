@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from llamaweft.errors import UserError
-from llamaweft.model.folder import tensor_files
+from llamaweft.model.folder import TensorFile, tensor_files
 from llamaweft.model.stores import OWN
+from llamaweft.weights.frozen import FrozenWeight
 from llamaweft.weights.store import Store
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -27,27 +28,27 @@ def untrained_tokens(folder: Path, candidates: Collection[int]) -> list[int]:
 
     Raises UserError for a folder that cannot be read.
     """
-    vocab_size = _shape(folder)[0]
+    embedding = _embedding(folder)
+    vocab_size = embedding.shape[0]
     asked = sorted(token for token in candidates if 0 <= token < vocab_size)
     sample = list(range(0, vocab_size, max(1, vocab_size // SAMPLE)))
-    norms = _rows(folder, [*asked, *sample]).norm(dim=1)
+    norms = _rows(embedding, [*asked, *sample]).norm(dim=1)
     usual = norms[len(asked) :].median()
     return [token for token, norm in zip(asked, norms, strict=False) if norm < SMALL * usual]
 
 
-def _shape(folder: Path) -> tuple[int, ...]:
+def _embedding(folder: Path) -> FrozenWeight | TensorFile:
     if (own := folder / OWN).is_dir():
-        return tuple(Store(own).shape(EMBEDDING))
+        return Store(own).matrix(EMBEDDING)
     found = next((tensor for tensor in tensor_files(folder) if tensor.name == EMBEDDING), None)
     if found is None:
         raise UserError(f"{folder} lacks the tensor {EMBEDDING}; download the model again")
-    return found.shape
+    return found
 
 
-def _rows(folder: Path, tokens: list[int]) -> Tensor:
+def _rows(embedding: FrozenWeight | TensorFile, tokens: list[int]) -> Tensor:
     """Rows of the embedding, in fp32."""
-    if (own := folder / OWN).is_dir():
-        return Store(own).matrix(EMBEDDING).gather(torch.tensor(tokens), torch.float32)
-    file = next(tensor for tensor in tensor_files(folder) if tensor.name == EMBEDDING)
-    with file.opened() as part:
+    if isinstance(embedding, FrozenWeight):
+        return embedding.gather(torch.tensor(tokens), torch.float32)
+    with embedding.opened() as part:
         return torch.cat([part(token, token + 1).float() for token in tokens])

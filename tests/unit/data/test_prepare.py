@@ -12,8 +12,9 @@ import pytest
 from llamaweft.data import build
 from llamaweft.data.chat import Document, Encoder
 from llamaweft.data.example import Example
-from llamaweft.data.prepare import File, Preparation, Prepared
+from llamaweft.data.prepare import Preparation, Prepared
 from llamaweft.data.selection import fitted
+from llamaweft.data.sources import PlainSource
 from llamaweft.data.store import StoredRows, Writer
 from llamaweft.errors import UserError
 
@@ -49,7 +50,7 @@ def preparation(tokenizer, **options) -> Preparation:
 
 
 def prepare(tokenizer, *paths: Path, fraction: float | None = None, **options) -> Prepared:
-    train = [(File(str(path)), 1.0 + i) for i, path in enumerate(paths)]
+    train = [(PlainSource(str(path)), 1.0 + i) for i, path in enumerate(paths)]
     return preparation(tokenizer, **options).prepare(train, None, fraction)
 
 
@@ -59,7 +60,7 @@ def content(prepared: Prepared) -> list[tuple]:
 
 def test_stored_rows_are_what_was_read(tokenizer, rows) -> None:
     found = prepare(tokenizer, rows)
-    examples = preparation(tokenizer).read(File(str(rows)))
+    examples = preparation(tokenizer).read(PlainSource(str(rows)))
     expected = Encoder(tokenizer)(examples)
     assert content(found) == [(d.where, d.ids.tolist(), d.weights.tolist()) for d in expected]
     assert [e.messages for e in found.examples] == [e.messages for e in examples]

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -16,19 +16,8 @@ import datasets
 import fsspec
 import pytest
 
-from llamaweft.data.sources import BadRows, fingerprint, read_path, read_rows
+from llamaweft.data.sources import BadRows, PlainSource, fingerprint, read_path, read_rows
 from llamaweft.errors import UserError
-
-
-@dataclass(frozen=True)
-class Place:
-    path: str | list[str] | None = None
-    hub: str | None = None
-    config: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    format: str = "auto"
-    columns: dict[str, str] | None = None
 
 
 def line(number: int) -> str:
@@ -36,7 +25,7 @@ def line(number: int) -> str:
 
 
 def numbers(path: str | list[str] | Path) -> list[int]:
-    return [row.content["a"] for row in read_rows(Place(path if isinstance(path, list) else str(path)))]  # fmt: skip
+    return [row.content["a"] for row in read_rows(PlainSource(path if isinstance(path, list) else str(path)))]  # fmt: skip
 
 
 @pytest.fixture
@@ -140,7 +129,7 @@ def test_a_place_that_is_refused(
     os.mkfifo(folder / "fifo.jsonl")
     (folder / "zero.jsonl").symlink_to("/dev/zero")
     with pytest.raises(UserError) as caught:
-        list(read_rows(Place(place)))
+        list(read_rows(PlainSource(place)))
     for word in words:
         assert word.lower() in str(caught.value).lower()
 
@@ -190,23 +179,23 @@ def test_bad_rows_are_counted_over_all_files_and_nothing_left_is_an_error(folder
     (folder / "b.jsonl").write_text("{oops\n[]\n")
     (folder / "deep" / "deeper" / "d.ndjson").write_text("{oops\n" * 4)
     bad = BadRows("skip")
-    assert [row.content["a"] for row in read_rows(Place(str(folder)), bad)] == [1, 3]
+    assert [row.content["a"] for row in read_rows(PlainSource(str(folder)), bad)] == [1, 3]
     assert (bad.count, len(bad.examples)) == (6, 5)
     with pytest.raises(UserError, match=r"b\.jsonl holds no rows that can be read"):
-        list(read_rows(Place(str(folder / "b.jsonl")), BadRows("skip")))
+        list(read_rows(PlainSource(str(folder / "b.jsonl")), BadRows("skip")))
     with pytest.raises(UserError, match=r"b\.jsonl line 1 is not valid JSON"):
-        list(read_rows(Place(str(folder))))
+        list(read_rows(PlainSource(str(folder))))
 
 
 def test_a_fingerprint_is_of_names_and_bytes(folder: Path) -> None:
-    first = fingerprint(Place(str(folder)))
-    assert fingerprint(Place(str(folder))) == first
+    first = fingerprint(PlainSource(str(folder)))
+    assert fingerprint(PlainSource(str(folder))) == first
     (folder / "notes.pdf").write_bytes(b"other")
-    assert fingerprint(Place(str(folder))) == first
+    assert fingerprint(PlainSource(str(folder))) == first
     (folder / "b.jsonl").write_text(line(5))
-    second = fingerprint(Place(str(folder)))
+    second = fingerprint(PlainSource(str(folder)))
     (folder / "b.jsonl").rename(folder / "c.jsonl")
-    third = fingerprint(Place(str(folder)))
+    third = fingerprint(PlainSource(str(folder)))
     assert len({first, second, third}) == 3
 
 
@@ -216,7 +205,7 @@ def test_the_smart_home_rows_are_a_place(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "train.jsonl").write_text(line(1))
     monkeypatch.setattr(smart_home, "path", lambda split: tmp_path / f"{split}.jsonl")
     assert read_path("builtin:smart-home/train")[0].where == "builtin:smart-home/train line 1"
-    assert fingerprint(Place("builtin:smart-home/train"))
+    assert fingerprint(PlainSource("builtin:smart-home/train"))
 
 
 class Web(BaseHTTPRequestHandler):
@@ -264,13 +253,13 @@ def test_a_web_address_is_fetched_once_while_it_stays_the_same(
     handler, host = web
     address = f"{host}/my/rows.jsonl?token=secret"
     assert [row.where for row in read_path(address)] == [f"{host}/my/rows.jsonl line 1"]
-    first = fingerprint(Place(address))
+    first = fingerprint(PlainSource(address))
     assert handler.served == 1
     handler.content = gzip.compress(line(2).encode())
     assert numbers(f"{host}/my/rows.jsonl.gz") == [2]
     handler.content = line(3).encode()
     assert numbers(address) == [3]
-    assert fingerprint(Place(address)) != first
+    assert fingerprint(PlainSource(address)) != first
     assert handler.served == 3
     assert "secret" not in "".join(
         f"{path} {path.read_bytes()!r}"
@@ -350,7 +339,7 @@ def test_hub_rows_and_their_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None
         return table
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    source = Place(hub="me/set", config="en", revision="v1")
+    source = PlainSource(hub="me/set", config="en", revision="v1")
     bad = BadRows("skip")
     found = list(read_rows(source, bad))
     assert asked == [("me/set", "en", "train", "v1")]

@@ -5,42 +5,26 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
+from html_page import WellFormed
 
 from llamaweft.evaluate import curves
 from llamaweft.evaluate.report import ReportInput, differences, metric_table, write_report
 from llamaweft.evaluate.report_markdown import escape, fenced, table
 
 EVIL = "<script>alert(1)</script></td></table></pre>\"'> & | `x` ``` ![i](u) **b**\n| a | b |"
-VOID = {"meta", "br", "link", "img", "input", "hr"}
 
 
-class Page(HTMLParser):
-    """The elements and the text of a page; every element must be closed where it should be."""
+class Page(WellFormed):
+    """The text of a page, and what of it is marked."""
+
+    void = frozenset({"meta", "br", "link", "img", "input", "hr"})
 
     def __init__(self, text):
-        super().__init__()
-        self.open, self.elements, self.attributes, self.text = [], [], [], ""
-        self.mark = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append(tag)
-        self.attributes += attrs
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+        self.text, self.mark = "", []
+        super().__init__(text)
 
     def handle_data(self, data):
         if self.open and self.open[-1] not in ("style", "title"):
