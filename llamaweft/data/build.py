@@ -7,10 +7,12 @@ Tokenising runs in a thread beside the rest, on every core: the tokenizers libra
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -32,7 +34,7 @@ from llamaweft.errors import UserError
 from llamaweft.files import locked
 from llamaweft.runtime import cache_dir
 
-VERSION = 1
+VERSION = 2
 """Of what is kept in the cache; another one is prepared again."""
 
 CHUNK = 1024
@@ -107,7 +109,7 @@ class Build:
         writer = Writer(folder)
         try:
             near = self._near_duplicates(folder, writer.rows)
-            with ThreadPoolExecutor(1) as tokenising:
+            with _only_new_garbage(), ThreadPoolExecutor(1) as tokenising:
                 waiting: tuple[Chunk, list[Rendered], Future[list[Any]]] | None = None
                 for number, chunk in enumerate(self._chunks(writer.state), start=1):
                     texts = self.encoder.render(chunk.examples)
@@ -198,6 +200,18 @@ class Build:
             for row in range(rows):
                 _repeated(near, row, stored.example(row))
         return near
+
+
+@contextmanager
+def _only_new_garbage() -> Iterator[None]:
+    """Python's collector looks at what is made from here on only: else it goes through all that the
+    libraries hold, again and again, in a tenth of the time (docs/log.md)."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class _Counted(Iterator[Row]):

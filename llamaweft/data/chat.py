@@ -7,7 +7,6 @@ Python work meanwhile: so rendering, tokenising and what follows are three calls
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 
 from llamaweft.data.example import Example
 from llamaweft.data.template import ChatTemplate, Rendered, Span, control_pattern, special_texts
-from llamaweft.data.tokens import Tokens, without_control
+from llamaweft.data.tokens import TextTokenizer, Tokens
 
 Tokenizer = Any
 """A transformers fast tokenizer."""
@@ -52,6 +51,7 @@ class Encoder:
         self.core = tokenizer.backend_tokenizer
         self.special = special_ids(tokenizer)
         self._control = control_pattern(tokenizer)
+        self._texts = TextTokenizer(self.core, self._control)
         self._firsts = {name[0] for name in special_texts(tokenizer)}
 
     @cached_property
@@ -71,53 +71,55 @@ class Encoder:
 
     def tokenise(self, texts: Sequence[Rendered]) -> list[Any]:
         """An encoding each; Python goes on in other threads meanwhile."""
-        return self.core.encode_batch([one.text for one in texts], add_special_tokens=False)
+        places = any(one.answers for one in texts)
+        return self._texts.encode([one.text for one in texts], places)
 
     def documents(
         self, examples: Sequence[Example], texts: Sequence[Rendered], encodings: Sequence[Any]
     ) -> list[Document]:
         """From what `render` and `tokenise` gave."""
-        found = []
-        for example, text, encoding in zip(examples, texts, encodings, strict=True):
-            tokens = self._tokens(text, encoding)
-            make = self._chat if example.text is None else self._text
-            found.append(make(example, text, tokens))
-        return found
+        return [
+            self._text(example, text, encoding)
+            if example.text is not None
+            else self._chat(example, text, encoding)
+            for example, text, encoding in zip(examples, texts, encodings, strict=True)
+        ]
 
     def prompt_ids(self, example: Example) -> list[int]:
         """Token ids of a chat up to where the assistant's answer begins."""
         text = self.template.prompt(example)
-        return self._tokens(text, self.core.encode(text.text, add_special_tokens=False)).ids
+        return self._ids(text, self.core.encode(text.text, add_special_tokens=False))
 
     def writes_control_tokens(self, text: Rendered) -> bool:
         """Whether a person wrote what reads like a control token."""
         for span in text.contents:
-            if span is None or not any(text.text.find(f, *span) >= 0 for f in self._firsts):
+            if span is None:
                 continue
-            if self._control.search(text.text, *span):
-                return True
+            for first in self._firsts:
+                if text.text.find(first, span.start, span.end) >= 0:
+                    if self._control.search(text.text, span.start, span.end):
+                        return True
+                    break
         return False
 
-    def _tokens(self, text: Rendered, encoding: Any) -> Tokens:
+    def _ids(self, text: Rendered, encoding: Any) -> list[int]:
         if not self.writes_control_tokens(text):
-            return Tokens(encoding.ids, encoding)
-        return without_control(self.core, self._plain_core, self._control, text.text, text.contents)
+            ids: list[int] = encoding.ids
+            return ids
+        return self._texts.without_control(text.text, text.contents).ids.tolist()
 
-    @cached_property
-    def _plain_core(self) -> Any:
-        core = deepcopy(self.core)
-        core.encode_special_tokens = True
-        return core
-
-    def _chat(self, example: Example, text: Rendered, tokens: Tokens) -> Document:
-        ids = np.array(tokens.ids, dtype=np.int32)
-        weights = np.full(len(ids), float(self.train_on == "all"), np.float32)
+    def _chat(self, example: Example, text: Rendered, encoding: Any) -> Document:
+        if self.writes_control_tokens(text):
+            tokens = self._texts.without_control(text.text, text.contents)
+        else:
+            tokens = self._texts.tokens(text.text, encoding)
+        weights = np.full(len(tokens.ids), float(self.train_on == "all"), np.float32)
         for index, span in text.answers[-1:] if self.train_on == "last" else text.answers:
             weight = example.messages[index].get("weight")
             if self.train_on != "all" or weight is not None:
                 first, last = self._trained(text, tokens, span)
                 weights[first:last] = 1.0 if weight is None else weight
-        return Document(ids, weights, example.where)
+        return Document(tokens.ids, weights, example.where)
 
     def _trained(self, text: Rendered, tokens: Tokens, span: Span) -> tuple[int, int]:
         """Tokens [first, last) of an answer. One that begins in the header is part of the prompt
@@ -126,15 +128,15 @@ class Encoder:
             return tokens.touching(span)
         first, last = tokens.first_from(span.start), tokens.count_until(span.end)
         for token in reversed(range(first, last)):
-            if tokens.ids[token] in self.special:
+            if int(tokens.ids[token]) in self.special:
                 return first, token + 1
-            if text.text[tokens.start(token) : span.end].strip():
+            if tokens.said(token, span.end).strip():
                 break
         return first, last
 
-    def _text(self, example: Example, text: Rendered, tokens: Tokens) -> Document:
+    def _text(self, example: Example, text: Rendered, encoding: Any) -> Document:
         begin, end = self._around
-        ids = np.array([*begin, *tokens.ids, *end], dtype=np.int32)
+        ids = np.array([*begin, *self._ids(text, encoding), *end], dtype=np.int32)
         return Document(ids, np.ones(len(ids), np.float32), example.where)
 
     def begins_with(self, token: int) -> bool:

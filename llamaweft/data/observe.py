@@ -30,11 +30,14 @@ class Flag(IntFlag):
 
 
 _MAIL = re.compile(r"[\w.+-]+@[\w-]+\.[a-z]{2,}", re.IGNORECASE)
-_TELEPHONE = re.compile(r"(?<![\w.])\+?\d{1,3}[ -]?\(?\d{2,4}\)?(?:[ -]\d{2,4}){2,3}(?!\w)")
-_GROUPS = re.compile(r"[ -]\d{2,4}[ -]\d{2}")
-"""What every telephone number above holds."""
-LEAST_KEY = 18
-_KEY = re.compile(r"\b(?:sk|ghp|hf|xox[bp]|AKIA)[-_]?[A-Za-z0-9]{16,}\b")
+_TELEPHONE = re.compile(
+    r"(?<![\w.])\+?[0-9]{1,3}[ -]?\(?[0-9]{2,4}\)?(?:[ -][0-9]{2,4}){2,3}(?!\w)"
+)
+_GROUPS_AS_ZEROS = bytes.maketrans(b"123456789-", b"000000000 ")
+_GROUPS, FAR = b"00 00", 16
+"""What every telephone number holds, so many characters from its beginning at most."""
+_KEY_BEGINS = ("sk-", "sk_", "ghp_", "hf_", "xoxb-", "xoxp-", "AKIA")
+_KEY = re.compile(rf"\b(?:{'|'.join(_KEY_BEGINS)})[\w-]{{16,}}")
 
 
 class Observer:
@@ -125,6 +128,10 @@ def _personal(text: str) -> bool:
     """A cheap look first: most texts hold nothing like it."""
     if "@" in text and _MAIL.search(text):
         return True
-    if _GROUPS.search(text) and _TELEPHONE.search(text):
-        return True
-    return max(map(len, text.split()), default=0) >= LEAST_KEY and bool(_KEY.search(text))
+    written = text.encode()
+    groups = written.translate(_GROUPS_AS_ZEROS).find(_GROUPS)
+    if groups >= 0:
+        begin = max(0, len(written[:groups].decode()) - FAR)
+        if _TELEPHONE.search(text, begin):
+            return True
+    return any(begin in text for begin in _KEY_BEGINS) and bool(_KEY.search(text))

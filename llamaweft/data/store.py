@@ -72,42 +72,62 @@ class Writer:
         source: int,
     ) -> None:
         """Rows of one source, each as an example and its document."""
+        if not documents:
+            return
+        counts = np.array([len(document.ids) for document in documents], np.int64)
+        firsts = np.cumsum(counts) - counts
+        ids = np.concatenate([document.ids for document in documents])
+        weights = np.concatenate([document.weights for document in documents])
+        trained = weights > 0
+        answers = np.concatenate([[0], np.cumsum(trained)])  # trained tokens before each token
+        begins, ends = answers[firsts], answers[firsts + counts]
+        records = [self._record(example) for example in examples]
+        sizes = np.array([len(record) for record in records], np.int64)
+
         table = np.zeros(len(examples), ROW)
-        for place, (example, document) in enumerate(zip(examples, documents, strict=True)):
-            key = example.key.encode()
-            where = example.where.replace("\n", " ").encode(errors="replace")
-            record = where + b"\n" + key
-            trained = document.weights > 0
-            answer = document.ids[trained].tobytes()
-            table[place] = (
-                self._tokens,
-                self._bytes,
-                xxhash.xxh3_64_intdigest(key),
-                xxhash.xxh3_64_intdigest(answer),
-                len(document.ids),
-                np.count_nonzero(trained[1:]),
-                flags[place],
-                source,
-            )
-            self._files["ids"].write(document.ids.tobytes())
-            self._files["weights"].write(self._codes(document, trained).tobytes())
-            self._files["records"].write(record)
-            self._tokens += len(document.ids)
-            self._bytes += len(record)
+        table["first_token"] = self._tokens + firsts
+        table["first_byte"] = self._bytes + np.cumsum(sizes) - sizes
+        table["key"] = [
+            xxhash.xxh3_64_intdigest(record[record.index(b"\n") + 1 :]) for record in records
+        ]
+        said = ids[trained].data
+        table["answer"] = [
+            xxhash.xxh3_64_intdigest(said[begin:end])
+            for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)
+        ]
+        table["tokens"] = counts
+        table["trained"] = ends - answers[np.minimum(firsts + 1, firsts + counts)]
+        table["flags"] = flags
+        table["source"] = source
+
+        self._files["ids"].write(ids.tobytes())
+        self._files["weights"].write(self._codes(weights, trained, documents).tobytes())
+        self._files["records"].write(b"".join(records))
         self._files["rows"].write(table.tobytes())
+        self._tokens += len(ids)
+        self._bytes += int(sizes.sum())
         self.rows += len(table)
 
-    def _codes(self, document: Document, trained: np.ndarray) -> np.ndarray:
+    @staticmethod
+    def _record(example: Example) -> bytes:
+        where = example.where.replace("\n", " ").encode(errors="replace")
+        return where + b"\n" + example.key.encode()
+
+    def _codes(
+        self, weights: np.ndarray, trained: np.ndarray, documents: Sequence[Document]
+    ) -> np.ndarray:
         """A weight's place in the palette, for each token."""
-        if np.array_equal(document.weights, trained):  # ones and zeros
+        if np.array_equal(weights, trained):  # ones and zeros
             return trained.view(np.uint8)
-        values, inverse = np.unique(document.weights, return_inverse=True)
-        codes = [self.palette.setdefault(float(v), len(self.palette)) for v in values]
-        if len(self.palette) > 256:
-            raise UserError(
-                f"{document.where}: more than 256 different weights of messages; round them"
-            )
-        return np.array(codes, np.uint8)[inverse]
+        for document in documents:
+            for value in np.unique(document.weights).tolist():
+                self.palette.setdefault(value, len(self.palette))
+            if len(self.palette) > 256:
+                raise UserError(
+                    f"{document.where}: more than 256 different weights of messages; round them"
+                )
+        values, inverse = np.unique(weights, return_inverse=True)
+        return np.array([self.palette[v] for v in values.tolist()], np.uint8)[inverse]
 
     def commit(self, complete: bool = False) -> None:
         """What was appended so far stays, whatever happens now."""

@@ -281,6 +281,8 @@ _PLAIN = {"role", "content", "weight"}
 
 def _shown(message: Message) -> Message:
     """Without what is ours."""
+    if "weight" not in message:
+        return message
     return {key: value for key, value in message.items() if key != "weight"}
 
 
