@@ -114,7 +114,10 @@ class Encoder:
         else:
             tokens = self._texts.tokens(text.text, encoding)
         weights = np.full(len(tokens.ids), float(self.train_on == "all"), np.float32)
-        for index, span in text.answers[-1:] if self.train_on == "last" else text.answers:
+        last = text.answers[-1][0] if text.answers else None
+        for index, span in text.answers:
+            if self.train_on == "last" and index != last:
+                continue
             weight = example.messages[index].get("weight")
             if self.train_on != "all" or weight is not None:
                 first, last = self._trained(text, tokens, span)

@@ -160,9 +160,10 @@ class ChatTemplate:
     def _with_spans(self, example: Example, text: str, marks: list[Span]) -> Rendered:
         messages = example.messages
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if marks and len(marks) == len(answers):
+        if marks and answers:
             contents = self._contents(messages, text)
-            return Rendered(text, contents, tuple(zip(answers, marks, strict=True)), marked=True)
+            whose = _by_message(marks, answers, contents)
+            return Rendered(text, contents, tuple(zip(whose, marks, strict=True)), marked=True)
         if not example.tools and all(message.keys() <= _PLAIN for message in messages):
             skeleton = self._skeleton(tuple(message["role"] for message in messages))
             if skeleton and (found := _fitted(skeleton, text, messages)):
@@ -274,6 +275,20 @@ class ChatTemplate:
             found.append(Span(start, start + len(content)) if start >= 0 else None)
             at = start + len(content) if start >= 0 else at
         return tuple(found)
+
+
+def _by_message(
+    marks: Sequence[Span], answers: Sequence[int], contents: Sequence[Span | None]
+) -> list[int]:
+    """The answer that each mark is a part of: a template may mark the end of a turn apart, or leave
+    an answer unmarked."""
+    if len(marks) == len(answers):
+        return list(answers)
+    begins = [(span.start, i) for i in answers if (span := contents[i]) is not None]
+    return [
+        max((found for found in begins if found[0] < mark.end), default=(0, answers[0]))[1]
+        for mark in marks
+    ]
 
 
 _PLAIN = {"role", "content", "weight"}
