@@ -24,7 +24,7 @@ MARKED = sorted(path.stem for path in TEMPLATES.glob("*_training.jinja"))
 NEEDS_AN_IMAGE = {"llava_next_training"}
 
 CONTROL = re.compile(
-    r"<[|｜][^|｜>]{1,40}[|｜]>|<\w+\|>|<\|\w+>|<(?:start|end)_of_\w+>|</?s>|\[/?INST\]"
+    r"<[|\uff5c][^|\uff5c>]{1,40}[|\uff5c]>|<\w+\|>|<\|\w+>|<(?:start|end)_of_\w+>|</?s>|\[/?INST\]"
 )
 CHATS = [
     [("user", "Hi"), ("assistant", "Hello, you!")],
@@ -108,8 +108,8 @@ UNMARKED = {
     **dict.fromkeys(["cohere", "cohere2", "diffusion_gemma", "gemma", "gemma3", "lfm2"], ""),
     **dict.fromkeys(["lfm2_v2", "llama3", "phi3", "phi3_5", "qwen2_5_vl", "qwen3_vl"], ""),
     "qwen3_instruct_2507": "",
-    "deepseek_r1_distill": "<｜Assistant｜>",
-    "deepseekv3": "<｜Assistant｜>",
+    "deepseek_r1_distill": "<\uff5cAssistant\uff5c>",
+    "deepseekv3": "<\uff5cAssistant\uff5c>",
     "gptoss": "<|start|>assistant",
     "muse_glimmer": "<|start|>assistant",
     "nemotron_3_nano": "<think></think>",
