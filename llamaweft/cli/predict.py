@@ -15,7 +15,7 @@ app = typer.Typer(rich_markup_mode=None, add_completion=False)
 @app.command()
 def predict(
     subject: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="Who answers.")],
-    prompts: Annotated[str, typer.Argument(help="Rows with messages, prompt or instruction.")],
+    prompts: Annotated[str, typer.Argument(help="Chats or prompts; own answers are left out.")],
     output: Annotated[Path, typer.Option(help="The JSONL file of answers to write.")],
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 512,
     resume: Annotated[

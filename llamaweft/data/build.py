@@ -25,7 +25,7 @@ from llamaweft.data.chat import Encoder
 from llamaweft.data.cleaning import ROW_STEPS, Cleaner, Removed, texts_of
 from llamaweft.data.duplicates import NearDuplicates
 from llamaweft.data.example import Example
-from llamaweft.data.formats import to_examples
+from llamaweft.data.formats import ShapeOfFile, to_examples
 from llamaweft.data.observe import Flag, Observer
 from llamaweft.data.sources import BadRows, Row, Source, fingerprint, read_rows
 from llamaweft.data.store import StoredRows, Writer, read_state
@@ -162,7 +162,8 @@ class Build:
             rows = _Counted(read_rows(source, unreadable))
             for _ in islice(rows, skip if number == first else 0):
                 pass  # prepared before; what could not be read is counted again
-            found = to_examples(rows, self.task, source.format, source.columns, misshapen)
+            shape = ShapeOfFile(**state.get("shape", {})) if number == first else ShapeOfFile()
+            found = to_examples(rows, self.task, source.format, source.columns, misshapen, shape)
             cleaned = (kept for e in found if (kept := cleaner(e)) is not None)
             full = True
             while full:  # the last chunk says what was left out after the last row, too
@@ -174,6 +175,7 @@ class Build:
                     {
                         "source": number,
                         "rows_read": rows.count,
+                        "shape": asdict(shape),
                         "unreadable": before,
                         "misshapen": [misshapen.count, list(misshapen.examples)],
                         "cleaning": [asdict(removed) for removed in cleaner.removed],

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
@@ -31,25 +31,34 @@ _UNANSWERED = {
 """What a row of prompts need not have."""
 
 
+@dataclass
+class ShapeOfFile:
+    """The file that is being read. first: its shape, and the first row that has it."""
+
+    file: str | None = None
+    first: dict[str, str] = field(default_factory=dict)
+
+
 def to_examples(
     rows: Iterable[Row],
     task: str,
     shape: str = "auto",
     columns: dict[str, str] | None = None,
     bad: BadRows | None = None,
+    before: ShapeOfFile | None = None,
 ) -> Iterator[Example]:
     """Read every row of a source, one by one.
 
     task: chat or text. shape: auto, or a key of SHAPES. columns: our name -> the row's. bad: what
-    happens to a row that cannot be read; left out, it is an error.
+    happens to a row that cannot be read; left out, it is an error. before: the shape of the rows
+    that were read in another run, which is kept up to date.
 
     Raises UserError, naming the row, for such a row, for a shape that the task does not take, and
     for a file whose rows are of several shapes; naming the column for one that no shape has.
     """
     _check(shape, columns)
     rows = iter(rows)
-    file: str | None = None
-    first: dict[str, str] = {}  # shape -> its first row in this file; at most one
+    known = before or ShapeOfFile()
     for row in rows:
         where = row.where
         try:
@@ -58,11 +67,11 @@ def to_examples(
         except UserError as error:
             _found(bad, error)
             continue
-        if row.name != file:
-            file, first = row.name, {}
-        first.setdefault(fitting[0], where)
-        if len(first) > 1:
-            raise _several_shapes(row.name, first, rows, columns)
+        if row.name != known.file:
+            known.file, known.first = row.name, {}
+        known.first.setdefault(fitting[0], where)
+        if len(known.first) > 1:
+            raise _several_shapes(row.name, known.first, rows, columns)
         if fitting[0] not in TASK_SHAPES[task]:
             raise _misfit(where, fitting, task)
         try:

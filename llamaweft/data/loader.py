@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from itertools import count
+from itertools import count, islice
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -103,13 +103,14 @@ class Loader(Generic[Batch]):
             packs += math.ceil((epochs - whole) * sum(self._survey(whole).packs))
         return packs
 
-    def steps(self, start_step: int = 0) -> Iterator[list[Batch]]:
-        """The packs of each step from `start_step` to the end of the run."""
+    def steps(self, start_step: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[list[Batch]]:
+        """The packs of each step from `start_step` to the end of the run; of several ranks, those
+        of one: pack i of a step is for rank i mod `ranks`."""
         packs = self._packs(start_step * self.accumulation)
         for step in range(start_step, self.total_steps):
             taken = step * self.accumulation
             count = min(self.accumulation, self.total_packs - taken)
-            yield [self.collate(next(packs)) for _ in range(count)]
+            yield [self.collate(pack) for pack in list(islice(packs, count))[rank::ranks]]
 
     def _packs(self, skip: int) -> Iterator[list[Document]]:
         for epoch in count():

@@ -13,7 +13,7 @@ import numpy as np
 from llamaweft.data.audit import EXAMPLES_SHOWN, Audit, Material, audit, rows_by_check
 from llamaweft.data.build import Build
 from llamaweft.data.chat import Document, Encoder, Tokenizer
-from llamaweft.data.contamination import Contamination, contamination
+from llamaweft.data.contamination import MOST_REFERENCES, Contamination, contamination
 from llamaweft.data.duplicates import repeated
 from llamaweft.data.example import Example
 from llamaweft.data.formats import to_examples
@@ -119,6 +119,11 @@ class Preparation:
         held_N: np.ndarray,
     ) -> Prepared:
         stored, rows_N = removed.stored, removed.rows_N
+        if len(held_N) > MOST_REFERENCES:
+            self.say(
+                f"of {len(held_N):,} held-out rows, {MOST_REFERENCES:,} are looked for in the "
+                "training rows by their words; equal rows are looked for in all"
+            )
         found = contamination(stored, rows_N, held, held_N)
         documents = fitted(stored, rows_N, self.max_length_tokens, self.on_too_long)
         weights = np.array([weight for _, weight in train])

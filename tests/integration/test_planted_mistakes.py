@@ -19,7 +19,7 @@ def chat(*turns: tuple[str, str]) -> dict:
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
-WORDS = "oak elm ash fir yew bay fig pea rye oat hop tea rue ivy may sun sky sea fog ice".split()
+WORDS = [f"word{i}" for i in range(20)]
 GOOD = [
     chat(("user", f"Question {i}?"), ("assistant", f"Answer {i} of {WORDS[i]}.")) for i in range(20)
 ]

@@ -87,6 +87,18 @@ def test_what_decides_the_rows_prepares_anew(tokenizer, rows, change) -> None:
         assert len(content(prepare(tokenizer, rows, clean=[step]))) < len(first)
 
 
+class StoppedError(Exception):
+    pass
+
+
+def stop_at(rows: int):
+    def report(count: int) -> None:
+        if count >= rows:
+            raise StoppedError
+
+    return report
+
+
 @pytest.mark.parametrize("stop_after", [1, 3, 9])
 def test_preparing_goes_on_where_it_was_stopped(tokenizer, rows, tmp_path, stop_after) -> None:
     other = write(tmp_path / "other.jsonl", [chat(f"q{i}", f"a{i}") for i in range(9)])
@@ -97,15 +109,8 @@ def test_preparing_goes_on_where_it_was_stopped(tokenizer, rows, tmp_path, stop_
     for path in folder.iterdir():
         path.unlink()
 
-    class StoppedError(Exception):
-        pass
-
-    def report(count: int) -> None:
-        if count >= 4 * stop_after:
-            raise StoppedError
-
     with pytest.raises(StoppedError):
-        prepare(tokenizer, rows, other, clean=steps, report=report)
+        prepare(tokenizer, rows, other, clean=steps, report=stop_at(4 * stop_after))
     committed = Writer(folder)
     assert 0 <= committed.rows < len(whole.examples)
     committed.close()
@@ -115,6 +120,14 @@ def test_preparing_goes_on_where_it_was_stopped(tokenizer, rows, tmp_path, stop_
     assert {p.name: p.read_bytes() for p in folder.glob("*.bin")} == expected
     assert again.audit.cleaning == whole.audit.cleaning
     assert seen[0] > committed.rows  # what was prepared is not prepared again
+
+
+def test_going_on_the_shape_of_the_rows_before_is_known(tokenizer, rows) -> None:
+    rows.write_text(rows.read_text() + json.dumps({"prompt": "q", "completion": "a"}) + "\n")
+    with pytest.raises(StoppedError):
+        prepare(tokenizer, rows, report=stop_at(20))
+    with pytest.raises(UserError, match=r"line 1 of the shape messages, .*line 51 of the shape"):
+        prepare(tokenizer, rows)
 
 
 def test_a_mistake_leaves_nothing_in_the_cache(tokenizer, rows, tmp_path) -> None:
