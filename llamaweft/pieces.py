@@ -9,17 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from llamaweft.adapters.folder import CONFIG, check_same_adapter, load_adapter_state, read_adapter
 from llamaweft.adapters.lora import LAYER_LINEARS, LoraConfig, inject
 from llamaweft.data.chat import special_ids
 from llamaweft.data.loader import Loader
 from llamaweft.data.prepare import Preparation, Prepared
-from llamaweft.model.folder import find_folder, read_config
-from llamaweft.model.llama import LlamaForCausalLM, Memory
+from llamaweft.data.targets import HEAD_TASKS
+from llamaweft.errors import UserError
+from llamaweft.model.folder import base_name, find_folder, read_config
+from llamaweft.model.llama import LlamaForCausalLM, LlamaWithHead, Memory, Model, with_head
 from llamaweft.model.load import load_causal_lm
 from llamaweft.model.pack import Pack
 from llamaweft.model.presets import LlamaConfig, parameter_count
 from llamaweft.model.stores import cached_store, open_store, own_codec, store_bytes
+from llamaweft.model.task_heads import HeadConfig, TaskHead
 from llamaweft.model.tokenizer import load_tokenizer, set_chat_template
 from llamaweft.model.untrained import untrained_tokens
 from llamaweft.plan.hardware import available_bytes
@@ -80,7 +85,46 @@ class Pieces:
             LAYER_LINEARS if adapter.target_modules == "all-linear" else adapter.target_modules
         )
         return LoraConfig(
-            adapter.r, adapter.lora_alpha, adapter.lora_dropout, adapter.use_rslora, tuple(targets)
+            adapter.r,
+            adapter.lora_alpha,
+            adapter.lora_dropout,
+            adapter.use_rslora,
+            tuple(targets),
+            use_dora=adapter.method == "dora",
+        )
+
+    @cached_property
+    def initial(self) -> tuple[Path, dict[str, Tensor]] | None:
+        """The adapter that training goes on from and its tensors; None for a fresh one.
+
+        Raises UserError when it cannot be read, or is of another kind, shape or base.
+        """
+        if self.recipe.adapter.init_from is None:
+            return None
+        assert self.lora is not None
+        folder = Path(self.recipe.adapter.init_from)
+        config, base, state = read_adapter(folder)
+        check_same_adapter(self.lora, config, folder)
+        ours = base_name(self.recipe.model, self.model_folder)
+        if base != ours:
+            raise UserError(
+                f"adapter.init_from: {folder} was trained on {base}, and model is {ours}; set "
+                f"model: {base}, or where they are the same, say so in {folder / CONFIG}"
+            )
+        return folder, state
+
+    @cached_property
+    def head(self) -> HeadConfig | None:
+        """The head of the task; None for tasks that predict the next token."""
+        task = self.recipe.task
+        if task not in HEAD_TASKS:
+            return None
+        classes = self.data.classes
+        return HeadConfig(
+            task,
+            labels=() if classes is None else tuple(classes.names),
+            many=classes is not None and classes.many,
+            label_smoothing=self.recipe.training.label_smoothing,
         )
 
     @property
@@ -118,6 +162,7 @@ class Pieces:
             allow=self.recipe.audit.allow,
             vocab_size=self.config.vocab_size,
             untrained=self.untrained_tokens,
+            class_weights=self.recipe.head.class_weights,
             report=self.on_rows,
             say=self.say,
         )
@@ -151,7 +196,11 @@ class Pieces:
 
     @property
     def shares_prefixes(self) -> bool:
-        """Whether documents that begin alike share that: not where each would see it otherwise."""
+        """Whether documents that begin alike share that: not where each would see it otherwise, nor
+        where a head reads all of a document."""
+        training = self.recipe.training
+        if self.recipe.task == "question_answering" or training.neftune_noise_alpha is not None:
+            return False
         return self.lora is None or self.lora.lora_dropout == 0
 
     @cached_property
@@ -198,6 +247,8 @@ class Pieces:
             optimizer_bytes=optimizer_bytes_per_parameter(training.optimizer),
             keeps_attention=on_cpu,
             accumulates=training.gradient_accumulation_steps > 1,
+            magnitudes=self.lora is not None and self.lora.use_dora,
+            head_outputs=None if self.head is None else self.head.outputs,
         )
 
     @property
@@ -206,19 +257,34 @@ class Pieces:
         numbers = self.loader.largest_pack[0] * self.config.intermediate_size
         return numbers * self.runtime.compute_dtype.itemsize >= LARGE_TENSOR_BYTES
 
-    def load_model(self) -> LlamaForCausalLM:
-        """The base model with a fresh adapter, on its device."""
+    def load_model(self) -> Model:
+        """The base model with a fresh adapter, or that of adapter.init_from, on its device."""
         if self.runtime.device.type == "cpu" and self._has_large_tensors:
             return_freed_memory()  # else the peak would exceed the budget
-        model = self._load(self.model_folder, frozen=self.lora is not None)
-        if self.lora is not None:
-            inject(model, self.lora)
+        model = self.adapted(self._load(self.model_folder, frozen=self.lora is not None))
+        model.model.neftune_noise_alpha = self.recipe.training.neftune_noise_alpha
+        if isinstance(model, LlamaForCausalLM):
+            model.lm_head.label_smoothing = self.recipe.training.label_smoothing
+        if self.initial is not None:
+            load_adapter_state(model, self.initial[1], str(self.initial[0]))
         model.model.memory = Memory(
             [frozenset(names) for names in self.schedule.keep],
             self.schedule.mlp_tile_tokens,
             self.schedule.loss_tile_labels,
             torch.bfloat16 if self.recipe.training.keep_activations == "bf16" else None,
         )
+        return model
+
+    def adapted(self, causal: LlamaForCausalLM) -> Model:
+        """A base model with the head of the task, if it has one, and a fresh adapter."""
+        model: Model = causal
+        if self.head is not None:
+            head = TaskHead(self.head, causal.config.hidden_size, causal.device)
+            model = with_head(causal, head)
+        if self.lora is not None:
+            inject(model, self.lora)
+            if isinstance(model, LlamaWithHead):
+                model.head.requires_grad_(True)
         return model
 
     def load_frozen(self, folder: Path | None = None) -> LlamaForCausalLM:
@@ -261,7 +327,9 @@ class Pieces:
         """What was chosen, and why: printed once at the start and saved."""
         runtime = self.runtime
         trained = trained_parameter_count(self.workload)
-        method = f"LoRA r {self.lora.r}" if self.lora else "full fine-tuning"
+        method = "full fine-tuning"
+        if self.lora:
+            method = f"{'DoRA' if self.lora.use_dora else 'LoRA'} r {self.lora.r}"
         share = self.schedule.recomputed_share
         given, computed, _ = self.loader.epoch_tokens
         recompute = (
@@ -281,5 +349,12 @@ class Pieces:
             "prefixes": f"{given - computed:,} of {given:,} tokens an epoch are spared, "
             f"{1 - computed / given:.0%}: what documents of a pack begin with in common"
             if self.shares_prefixes
-            else "computed for each document: adapter.lora_dropout drops others in each",
+            else "computed for each document: "
+            + (
+                "the head reads all of it"
+                if self.recipe.task == "question_answering"
+                else "training.neftune_noise_alpha adds other noise to each"
+                if self.recipe.training.neftune_noise_alpha is not None
+                else "adapter.lora_dropout drops others in each"
+            ),
         }

@@ -14,19 +14,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from llamaweft.adapters.folder import load_adapter_state, read_adapter, save_adapter
-from llamaweft.adapters.lora import inject
+from llamaweft.adapters.lora import loraplus_ratios
 from llamaweft.data.audit_page import write_audit_page
 from llamaweft.data.chat import Document, stop_ids
 from llamaweft.data.example import Example
 from llamaweft.data.page_input import page_input
 from llamaweft.errors import UserError
 from llamaweft.evaluate.evaluator import Evaluator, side_by_side
+from llamaweft.evaluate.head_evaluator import HeadEvaluator
 from llamaweft.evaluate.report import ReportInput, write_report
 from llamaweft.export.hf import export_merged
 from llamaweft.files import need_disk, write_text
 from llamaweft.model.folder import base_name
-from llamaweft.model.llama import LlamaForCausalLM
+from llamaweft.model.llama import LlamaForCausalLM, LlamaWithHead, Model
 from llamaweft.model.load import copy_weights
 from llamaweft.model.pack import Pack
 from llamaweft.pieces import Pieces
@@ -53,6 +56,7 @@ from llamaweft.train.schedule import LearningRate
 from llamaweft.train.trackers import Trackers, check_installed
 
 Progress = Callable[[int, int], None]
+Measuring = Evaluator | HeadEvaluator
 
 
 class Pipeline(Pieces):
@@ -63,7 +67,7 @@ class Pipeline(Pieces):
         self.run_folder = RunFolder(Path(recipe.output_dir))
 
     @cached_property
-    def evaluator(self) -> Evaluator | None:
+    def evaluator(self) -> Measuring | None:
         """Measures on the held-out rows; None where nothing is held out."""
         if not len(self.data.validation):
             return None
@@ -74,9 +78,21 @@ class Pipeline(Pieces):
         examples: Sequence[Example],
         documents: Sequence[Document],
         measuring: Evaluation | None = None,
-    ) -> Evaluator:
-        """Measures on these rows as the recipe says, or as `measuring` does."""
+    ) -> Measuring:
+        """Measures on these rows as the recipe says, or as `measuring` does. With a head, documents
+        and rows stand in the same order."""
         measuring = measuring or self.recipe.evaluation
+        if self.head is not None:
+            return HeadEvaluator(
+                task=self.recipe.task,
+                metrics=measuring.metrics,
+                documents=documents,
+                examples=examples,
+                tokenizer=self.tokenizer,
+                classes=self.data.classes,
+                outputs=self._read,
+                micro_batch_tokens=self.recipe.training.micro_batch_tokens,
+            )
         return Evaluator(
             metrics=measuring.metrics,
             documents=documents,
@@ -88,6 +104,12 @@ class Pipeline(Pieces):
             micro_batch_tokens=self.recipe.training.micro_batch_tokens,
             cache_bytes=self.cache_bytes,
         )
+
+    def _read(
+        self, model: LlamaWithHead, documents: list[Document]
+    ) -> list[tuple[Tensor, tuple[float, float]]]:
+        share = not model.head.reads_all
+        return model.read(Pack.from_documents(documents, share=share).to(model.device))
 
     def check_data(self) -> None:
         """Raises UserError when the audit blocks training (a line for each finding), when no row
@@ -137,6 +159,10 @@ class Pipeline(Pieces):
         folder.check_free(resume)
         check_installed(self.recipe.training.report_to)
         check_optimizer_installed(self.recipe.training.optimizer)
+        if resume and complete_checkpoints(folder.checkpoints):
+            self.initial = None  # the checkpoint holds what became of it
+        elif self.initial is not None:
+            say(f"going on from the adapter {self.initial[0]}")
         say("reading the data")
         self.check_data()
         if resume:
@@ -203,7 +229,7 @@ class Pipeline(Pieces):
 
     def _loop(
         self,
-        model: LlamaForCausalLM,
+        model: Model,
         judge: Judge,
         listeners: Sequence[Listener],
         stop: StopRequest,
@@ -211,6 +237,7 @@ class Pipeline(Pieces):
     ) -> Loop:
         training, measuring = self.recipe.training, self.recipe.evaluation
         parameters = trained_parameters(model)
+        ratio = self.recipe.adapter.loraplus_lr_ratio
         total = self.loader.total_steps
         return Loop(
             model=model,
@@ -223,6 +250,7 @@ class Pipeline(Pieces):
                 weight_decay=training.weight_decay,
                 betas=(training.adam_beta1, training.adam_beta2),
                 eps=training.adam_epsilon,
+                rate_ratios=None if ratio is None else loraplus_ratios(parameters, ratio),
             ),
             scaler=build_scaler(self.runtime.device, self.runtime.compute_dtype),
             learning_rate=LearningRate(
@@ -257,7 +285,13 @@ class Pipeline(Pieces):
 
     def _useful_flops(self, packs: list[Pack]) -> float:
         tokens, labels = sum(p.tokens for p in packs), sum(p.trained_tokens for p in packs)
-        return training_flops(self.config, tokens, labels, frozen_base=self.lora is not None)
+        return training_flops(
+            self.config,
+            tokens,
+            labels,
+            frozen_base=self.lora is not None,
+            outputs=self.workload.head_outputs,
+        )
 
     def _finish(self, loop: Loop, judge: Judge, say: Callable[[str], None]) -> dict[str, Any]:
         """Run the loop, judge what it kept, and write evaluation.json and the report."""
@@ -283,7 +317,7 @@ class Pipeline(Pieces):
 
     # --- what a run leaves ----------------------------------------------------------------------
 
-    def save_trained(self, model: LlamaForCausalLM) -> None:
+    def save_trained(self, model: Model) -> None:
         """Put the trained weights into the run folder: adapter/, or model/ for full fine-tuning."""
         folder = self.run_folder
         target = folder.model if self.lora is None else folder.adapter
@@ -301,7 +335,7 @@ class Pipeline(Pieces):
         aside.rename(target)
         shutil.rmtree(old, ignore_errors=True)
 
-    def restore(self, model: LlamaForCausalLM) -> None:
+    def restore(self, model: Model) -> None:
         """Load what `save_trained` wrote into a model of this pipeline."""
         folder = self.run_folder
         if self.lora is None:
@@ -309,7 +343,7 @@ class Pipeline(Pieces):
         else:
             load_adapter_state(model, read_adapter(folder.adapter)[2], str(folder.adapter))
 
-    def trained_model(self) -> LlamaForCausalLM:
+    def trained_model(self) -> Model:
         """The model that the run trained. Raises UserError when there is none yet."""
         folder = self.run_folder
         if not (folder.model if self.lora is None else folder.adapter).exists():
@@ -317,10 +351,9 @@ class Pipeline(Pieces):
                 f"the run {folder.root} has no trained weights yet; go on with "
                 f"`llamaweft train {shlex.quote(str(folder.recipe))} --resume`"
             )
-        if self.lora is None:
+        if self.lora is None and self.head is None:
             return self.load_frozen(folder.model)
-        model = self.load_frozen()
-        inject(model, self.lora)
+        model = self.adapted(self._load(self.model_folder, frozen=self.lora is not None))
         self.restore(model)
         return model.eval()
 
@@ -328,15 +361,13 @@ class Pipeline(Pieces):
 class Judge:
     """Measures the model on the held-out rows, and keeps the best weights with their answers."""
 
-    def __init__(
-        self, pipeline: Pipeline, model: LlamaForCausalLM, progress: Progress | None
-    ) -> None:
+    def __init__(self, pipeline: Pipeline, model: Model, progress: Progress | None) -> None:
         self.pipeline, self.model, self.progress = pipeline, model, progress
         self.latest: dict[str, Any] | None = None
         self.best: dict[str, Any] | None = None
 
     def measured(self) -> dict[str, Any]:
-        """{"metrics": ..., "answers": ...} of the model as it is."""
+        """{"metrics": ..., "answers": ..., "parts": ...} of the model as it is."""
         assert self.pipeline.evaluator is not None
         return self.pipeline.evaluator.measure(self.model, self.progress)
 

@@ -67,7 +67,7 @@ def predict(
             rows = range(first, min(first + GROUP_ROWS, len(prompts)))
             progress(first, len(prompts))
             answers = generate_batch(
-                subject.model,
+                subject.generates,
                 [ids[row] for row in rows],
                 stop_ids(tokenizer),
                 max_new_tokens=max_new_tokens,

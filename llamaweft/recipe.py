@@ -22,13 +22,20 @@ from llamaweft.errors import UserError
 from llamaweft.settings import (
     HUB_ONLY,
     NOT_WITH_FRACTION,
+    TASK_METRICS,
     Adapter,
     AuditSettings,
     Data,
     Evaluation,
+    Head,
     Section,
     Training,
 )
+
+OF_TURNS = ("train_on", "chat_template")
+"""Keys of `data` that only chats have."""
+OF_CLASSES = ("sequence_classification", "token_classification")
+OF_TEXTS = ("sequence_classification", "question_answering")
 
 
 class Recipe(Section):
@@ -37,9 +44,17 @@ class Recipe(Section):
     model: str = Field(
         description="hub id, Hugging Face folder, .gguf file or builtin:smollm2-135m"
     )
-    task: Literal["chat", "text"] = Field("chat", description="what is learnt")
+    task: Literal[
+        "chat",
+        "text",
+        "sequence_classification",
+        "regression",
+        "token_classification",
+        "question_answering",
+    ] = Field("chat", description="what is learnt")
     data: Data = Field(description="what is learnt from")
     audit: AuditSettings = Field(AuditSettings(), description="the audit of the data")
+    head: Head = Field(Head(), description="the output layer of tasks that have their own")
     adapter: Adapter = Field(Adapter(), description="what is trained")
     base_weights: Literal["auto", "nf4", "int8", "bf16", "fp32"] = Field(
         "auto", description="how frozen weights are held; auto: as computed with, or nf4 if large"
@@ -69,13 +84,30 @@ class Recipe(Section):
                 f"data.validation is null, so evaluation.{min(measuring)} would be ignored; "
                 "remove one of them"
             )
-        if self.task == "text":
-            for key in ("train_on", "chat_template"):
-                if key in self.data.model_fields_set:
-                    raise ValueError(f"task: text has no turns; remove data.{key}")
-            for metric in set(self.evaluation.metrics) - {"loss", "perplexity"}:
-                raise ValueError(f"evaluation.metrics: {metric} needs answers; task: text has none")
+        self._check_task()
         return self
+
+    def _check_task(self) -> None:
+        """Raises ValueError for what does not fit the task."""
+        for key in OF_TURNS if self.task != "chat" else ():
+            if key in self.data.model_fields_set:
+                raise ValueError(f"task: {self.task} has no turns; remove data.{key}")
+        known = TASK_METRICS[self.task]
+        for metric in self.evaluation.metrics:
+            if metric not in known and not (self.task == "chat" and ":" in metric):
+                raise ValueError(
+                    f"evaluation.metrics: {metric} does not fit task: {self.task}, which has "
+                    f"{', '.join(known)}"
+                )
+        if self.head.class_weights is not None and self.task not in OF_CLASSES:
+            raise ValueError(f"task: {self.task} has no classes; remove head.class_weights")
+        if self.training.label_smoothing and self.task == "regression":
+            raise ValueError("task: regression has no classes; remove training.label_smoothing")
+        if self.data.on_too_long == "split" and self.task in ("regression", *OF_TEXTS):
+            raise ValueError(
+                f"data.on_too_long: split would cut a text off from its label (task: {self.task}); "
+                "use drop or truncate"
+            )
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -148,10 +180,10 @@ class Recipe(Section):
             if "against" in step:
                 step["against"] = _absolute(step["against"])
         tree["data"]["chat_template"] = _absolute(tree["data"]["chat_template"])
-        if self.task == "text":
-            for key in ("train_on", "chat_template"):
-                del tree["data"][key]
+        for key in OF_TURNS if self.task != "chat" else ():
+            del tree["data"][key]
         tree["model"] = _absolute(tree["model"])
+        tree["adapter"]["init_from"] = _absolute(tree["adapter"]["init_from"])
         if self.adapter.method == "none":
             tree["adapter"] = {"method": "none"}
         if self.data.validation is None:

@@ -3,13 +3,51 @@ here."""
 
 from __future__ import annotations
 
+import difflib
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-METRICS = ("loss", "perplexity", "exact_match", "f1", "json_valid", "field_f1")
-"""Metrics that `evaluation.metrics` may name."""
+ANSWERS = (
+    *("exact_match", "f1", "json_valid", "field_f1"),
+    *("rouge1", "rouge2", "rougeL", "bleu", "chrf"),
+)
+"""Metrics that compare generated answers."""
+
+METRICS = (
+    *("loss", "perplexity", *ANSWERS),
+    *("accuracy", "macro_f1", "micro_f1", "mae", "pearson"),
+)
+"""Metrics that `evaluation.metrics` may name, besides a user's own as `package.module:function`."""
+
+
+TASK_METRICS = {
+    "chat": ("loss", "perplexity", *ANSWERS),
+    "text": ("loss", "perplexity"),
+    "sequence_classification": ("loss", "accuracy", "macro_f1", "micro_f1"),
+    "regression": ("loss", "mae", "pearson"),
+    "token_classification": ("loss", "accuracy", "macro_f1", "micro_f1"),
+    "question_answering": ("loss", "exact_match", "f1"),
+}
+"""Those that fit each task; a user's own compares answers, which only chats have."""
+
+
+def known_metric(name: str) -> str:
+    """The name itself. Raises ValueError where it names no metric; the user's own module is not
+    imported for it."""
+    module, colon, function = name.partition(":")
+    if name in METRICS or all(part.isidentifier() for part in (*module.split("."), function)):
+        return name
+    if colon:
+        raise ValueError(f"{name!r} is no metric; write your own as package.module:function")
+    near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    raise ValueError(
+        f"unknown metric {name!r}{hint} known are {' '.join(METRICS)}, and your own as "
+        "package.module:function"
+    )
+
 
 _UNITS = {"": 1, "B": 1} | {
     prefix + suffix: base**power
@@ -219,15 +257,24 @@ class AuditSettings(Section):
             "untrained_token",
             "validation_leak",
             "too_long",
+            "rare_class",
         ]
     ] = Field([], description="checks that no longer stop the run")
+
+
+class Head(Section):
+    """The output layer of a task that does not predict the next token."""
+
+    class_weights: Literal["balanced"] | dict[str, float] | None = Field(
+        None, description="what a label of each class counts: balanced, or by its name"
+    )
 
 
 class Adapter(Section):
     """What is trained: a low-rank adapter, or the whole model."""
 
-    method: Literal["lora", "none"] = Field(
-        "lora", description="lora, or none for full fine-tuning"
+    method: Literal["lora", "dora", "none"] = Field(
+        "lora", description="lora, dora (with magnitudes), or none for full fine-tuning"
     )
     r: int = Field(16, ge=1, description="rank")
     lora_alpha: float = Field(32, gt=0, description="scale: lora_alpha / r")
@@ -236,6 +283,21 @@ class Adapter(Section):
     target_modules: Literal["all-linear"] | list[str] = Field(
         "all-linear", description="all-linear (every layer's), or names such as [q_proj, v_proj]"
     )
+    loraplus_lr_ratio: float | None = Field(
+        None, ge=1, description="learning rate of lora_B over that of lora_A (LoRA+)"
+    )
+    init_from: str | None = Field(
+        None, description="adapter folder of the same base and shape to go on from"
+    )
+
+    @model_validator(mode="after")
+    def _no_dropout_with_dora(self) -> Adapter:
+        if self.method == "dora" and self.lora_dropout > 0:
+            raise ValueError(
+                "lora_dropout: with dora the base's product would have to be made twice, of the "
+                "input and of what is left of it; set lora_dropout: 0 or method: lora"
+            )
+        return self
 
 
 class Training(Section):
@@ -279,6 +341,12 @@ class Training(Section):
     report_to: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
         [], description="trackers to write to besides metrics.jsonl"
     )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="share of a target's probability that goes to all classes"
+    )
+    neftune_noise_alpha: float | None = Field(
+        None, gt=0, description="noise on embeddings in training (NEFTune); shares no beginnings"
+    )
     seed: int = Field(0, ge=0, description="seed of everything random")
 
 
@@ -288,8 +356,11 @@ class Evaluation(Section):
     every_steps: int | None = Field(
         50, ge=1, description="steps between validations; null: only before and after"
     )
-    metrics: list[Literal[METRICS]] = Field(  # type: ignore[valid-type]
-        ["loss"], min_length=1, description=f"of {' '.join(METRICS)}; the first picks the best"
+    metrics: list[Annotated[str, AfterValidator(known_metric)]] = Field(
+        ["loss"],
+        min_length=1,
+        description=f"of {' '.join(METRICS)}, or your own as package.module:function; the first "
+        "picks the best",
     )
     early_stopping_patience: int | None = Field(
         3, ge=1, description="stop after this many validations without gain; null: never"

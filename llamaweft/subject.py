@@ -20,14 +20,14 @@ from llamaweft.data.example import Example
 from llamaweft.errors import RunError, UserError
 from llamaweft.evaluate.evaluator import Progress, side_by_side
 from llamaweft.export.hf import export_merged
-from llamaweft.export.parity import Parity, verify_adapter, verify_merged
+from llamaweft.export.parity import Parity, auto_class, verify_adapter, verify_merged
 from llamaweft.files import written_aside
 from llamaweft.model.folder import base_name
-from llamaweft.model.llama import LlamaForCausalLM
+from llamaweft.model.llama import LlamaForCausalLM, LlamaWithHead, Model
 from llamaweft.model.stores import own_codec
 from llamaweft.pipeline import Pipeline, open_run
 from llamaweft.recipe import Recipe
-from llamaweft.settings import METRICS, Evaluation, Rows
+from llamaweft.settings import Evaluation, Rows, known_metric
 from llamaweft.train.run_folder import write_json
 
 SYSTEM_ROWS = 1000
@@ -43,16 +43,29 @@ class Subject:
 
     name: str
     pipeline: Pipeline
-    model: LlamaForCausalLM
+    model: Model
 
     def measure(
         self, examples: Sequence[Example], measuring: Evaluation, progress: Progress | None
     ) -> dict[str, Any]:
-        """{"metrics", "answers"} on these rows."""
-        documents = self.pipeline.preparation.held_out(examples)
+        """{"metrics", "answers", "parts"} on these rows. Raises UserError as Evaluator.check."""
+        classes = None if self.pipeline.head is None else self.pipeline.data.classes
+        documents = self.pipeline.preparation.held_out(examples, classes)
         evaluator = self.pipeline.evaluator_on(examples, documents, measuring)
         evaluator.check()
         return evaluator.measure(self.model, progress)
+
+    @property
+    def generates(self) -> LlamaForCausalLM:
+        """The model, where it can answer in words. Raises UserError where its head says other
+        things."""
+        if isinstance(self.model, LlamaWithHead):
+            task = self.model.head_config.task
+            raise UserError(
+                f"{self.name} was trained with task: {task}, so it writes no text; measure it with "
+                "`llamaweft evaluate`, or export it"
+            )
+        return self.model
 
     def usual_system(self) -> str | None:
         """The system message that all rows of a run have in common, if they do."""
@@ -112,8 +125,10 @@ def compare_subjects(
     a base "after" is None. Raises UserError when there are no rows or a metric is unknown.
     """
     for metric in metrics or ():
-        if metric not in METRICS:
-            raise UserError(f"--metrics: unknown metric {metric!r}; known are {' '.join(METRICS)}")
+        try:
+            known_metric(metric)
+        except ValueError as error:
+            raise UserError(f"--metrics: {error}") from None
     run = open_run(subject)
     if recipe is not None:
         settings = Recipe.load(recipe)
@@ -133,9 +148,7 @@ def compare_subjects(
     say(f"measuring {subject} on {len(examples)} rows")
     measured = opened.measure(examples, wanted, progress)
     if base is None:
-        content = side_by_side(measured, measured)
-        examples_shown = [{k: e[k] for k in e if k != "after"} for e in content["examples"]]
-        return content | {"after": None, "examples": examples_shown}
+        return side_by_side(measured, None)
     say(f"loading {base}")
     del opened
     other = open_subject(base, settings)
@@ -177,11 +190,14 @@ def export_run(run: Path, to: str, output: Path, *, verify: bool = True) -> Pari
     return parity
 
 
-def _export(
-    pipeline: Pipeline, model: LlamaForCausalLM, to: str, folder: Path, verify: bool
-) -> Parity | None:
+def _export(pipeline: Pipeline, model: Model, to: str, folder: Path, verify: bool) -> Parity | None:
     tokenizer = pipeline.tokenizer
     if to == "peft":
+        if auto_class(model) == "AutoModelForQuestionAnswering":
+            raise UserError(
+                "transformers does not find a base model's weights under a head for question "
+                "answering, so this adapter could not be opened; export --to hf"
+            )
         assert pipeline.lora is not None
         if own_codec(pipeline.model_folder) is not None and verify:
             raise UserError(

@@ -11,8 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llamaweft.adapters.lora import LoraConfig, lora_layers
+from llamaweft.adapters.lora import DoraLinear, LoraConfig, lora_layers
 from llamaweft.errors import UserError
+
+HEADS = ("score", "qa_outputs")
+"""Modules that an adapter folder may hold whole, by their names in transformers."""
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -23,7 +26,19 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     for name, layer in lora_layers(model).items():
         state[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A.detach()
         state[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B.detach()
+        if isinstance(layer, DoraLinear):
+            state[f"base_model.model.{name}.lora_magnitude_vector"] = (
+                layer.lora_magnitude_vector.detach()
+            )
+    for head in modules_to_save(model):
+        for name, tensor in model.get_submodule(head).named_parameters():
+            state[f"base_model.model.{head}.{name}"] = tensor.detach()
     return state
+
+
+def modules_to_save(model: nn.Module) -> tuple[str, ...]:
+    """Modules that are trained whole beside the adapter, as the model names them."""
+    return tuple(getattr(model, "modules_to_save", ()))
 
 
 def load_adapter_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
@@ -55,18 +70,19 @@ def save_adapter(model: nn.Module, config: LoraConfig, base: str, folder: Path) 
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     content: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": getattr(model, "peft_task", "CAUSAL_LM"),
         "base_model_name_or_path": base,
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
         "target_modules": list(config.target_modules),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": list(modules_to_save(model)) or None,
     }
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
 
@@ -86,24 +102,53 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, str, dict[str, Tensor]]:
         for key, plain in _PLAIN.items()
         if content.get(key, plain) not in (plain, None)
     ]
+    whole = content.get("modules_to_save") or []
+    refused += [f"modules_to_save: {name}" for name in whole if name not in HEADS]
     if refused:
         raise UserError(f"the adapter {folder} has {refused[0]}, which is not supported")
+    targets = content["target_modules"]
+    if isinstance(targets, str):
+        raise UserError(
+            f"the adapter {folder} has target_modules: {targets!r}, a pattern, which is not "
+            "supported; write the list of names that it stands for"
+        )
     config = LoraConfig(
         r=content["r"],
         lora_alpha=content["lora_alpha"],
         lora_dropout=content.get("lora_dropout", 0.0),
         use_rslora=content.get("use_rslora", False),
-        target_modules=tuple(content["target_modules"]),
+        target_modules=tuple(targets),
+        use_dora=content.get("use_dora", False),
     )
     return config, content["base_model_name_or_path"], state
+
+
+def check_same_adapter(wanted: LoraConfig, found: LoraConfig, folder: Path) -> None:
+    """Raises UserError when the adapter in `folder` differs from the recipe's in its method, its
+    shape or its scale; dropout may differ."""
+    ours, theirs = _in_recipe(wanted), _in_recipe(found)
+    for key, value in ours.items():
+        if value != theirs[key]:
+            raise UserError(
+                f"adapter.init_from: the adapter {folder} has {key}: {theirs[key]}, and the "
+                f"recipe has {value}; set adapter.{key}: {theirs[key]}"
+            )
+
+
+def _in_recipe(config: LoraConfig) -> dict[str, Any]:
+    return {
+        "method": "dora" if config.use_dora else "lora",
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "use_rslora": config.use_rslora,
+        "target_modules": sorted(config.target_modules),
+    }
 
 
 _PLAIN: dict[str, Any] = {
     "peft_type": "LORA",
     "bias": "none",
-    "use_dora": False,
     "fan_in_fan_out": False,
-    "modules_to_save": None,
     "rank_pattern": {},
     "alpha_pattern": {},
     "layers_to_transform": None,

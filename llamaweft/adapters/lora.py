@@ -9,6 +9,7 @@ T: tokens   I: input features   O: output features   R: rank
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llamaweft.adapters.dora import DoraProduct, factors, row_norms
 from llamaweft.errors import UserError
 from llamaweft.weights.frozen import FrozenWeight
 from llamaweft.weights.linear import Linear
@@ -33,6 +35,7 @@ class LoraConfig:
     lora_dropout: float = 0.0
     use_rslora: bool = False
     target_modules: tuple[str, ...] = LAYER_LINEARS
+    use_dora: bool = False
 
     @property
     def scaling(self) -> float:
@@ -42,6 +45,8 @@ class LoraConfig:
 class LoraLinear(nn.Module):
     """A frozen linear layer with its low-rank update. A starts random, B at zero, so the model
     starts as the base."""
+
+    gradient_needs_output = False
 
     def __init__(self, base_layer: Linear, config: LoraConfig) -> None:
         super().__init__()
@@ -66,6 +71,47 @@ class LoraLinear(nn.Module):
         """w_OI + scaling * B A, in fp32."""
         update = self.scaling * (self.lora_B @ self.lora_A).detach().float()
         return self.base_layer.dequantised() + update  # may be the mapped weights themselves
+
+
+class DoraLinear(LoraLinear):
+    """A frozen linear layer with its weight-decomposed update (adapters/dora.py).
+
+    The magnitudes start as the norms of the base's rows, so the model starts as the base. The
+    norms are computed again when A or B changed, by their version counters: what writes to them
+    past autograd, as fused optimizers do, must raise these (train/optim.py).
+    """
+
+    gradient_needs_output = True
+
+    def __init__(self, base_layer: Linear, config: LoraConfig) -> None:
+        super().__init__(base_layer, config)
+        assert isinstance(base_layer.weight, FrozenWeight)
+        self.base_squares_O = base_layer.weight.row_squares()
+        self.lora_magnitude_vector = nn.Parameter(self.base_squares_O.sqrt().float())
+        self._norm: tuple[tuple[int, int], Tensor] | None = None
+
+    def norm(self) -> Tensor:
+        """The norms of the rows of W + s B A, fp32."""
+        versions = self.lora_A._version, self.lora_B._version
+        if self._norm is None or self._norm[0] != versions:
+            weight = self.base_layer.weight
+            assert isinstance(weight, FrozenWeight)
+            with torch.inference_mode(False), torch.no_grad():  # it outlives an evaluation
+                norm_O = row_norms(
+                    self.base_squares_O, weight, self.lora_A, self.lora_B, self.scaling
+                )
+            self._norm = versions, norm_O
+        return self._norm[1]
+
+    def forward(self, x_TI: Tensor, given: Tensor | None = None) -> Tensor:
+        weight, magnitude_O = self.base_layer.weight, self.lora_magnitude_vector
+        return DoraProduct.apply(
+            x_TI, self.lora_A, self.lora_B, magnitude_O, weight, self.scaling, self.norm(), (given,)
+        )
+
+    def merged(self) -> Tensor:
+        """m / n * (w_OI + scaling * B A), in fp32."""
+        return super().merged() * factors(self.lora_magnitude_vector, self.norm())[:, None]
 
 
 class _LoraProduct(torch.autograd.Function):
@@ -111,8 +157,8 @@ class _LoraProduct(torch.autograd.Function):
 
 
 def inject(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Replace the targeted linear layers of `model` by LoraLinear, freeze everything else, and
-    return the names of the layers.
+    """Replace the targeted linear layers of `model` by LoraLinear or DoraLinear, freeze everything
+    else, and return the names of the layers.
 
     Raises UserError when a target matches no layer.
     """
@@ -126,14 +172,23 @@ def inject(model: nn.Module, config: LoraConfig) -> list[str]:
                 f"adapter.target_modules: no linear layer is called {target!r}; there are {known}"
             )
     chosen = [n for n in linears if any(_matches(n, target) for target in config.target_modules)]
+    kind = DoraLinear if config.use_dora else LoraLinear
     for name in chosen:
         parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, LoraLinear(linears[name], config))
+        setattr(model.get_submodule(parent), attribute, kind(linears[name], config))
     return chosen
 
 
 def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
+
+
+def loraplus_ratios(parameters: Iterable[str], ratio: float) -> dict[str, float]:
+    """The trained parameters whose learning rate is `ratio` times that of lora_A, by name: LoRA+
+    (Hayou et al., 2024). Magnitudes learn as lora_B does, as in peft's
+    create_loraplus_optimizer."""
+    faster = (".lora_B", ".lora_magnitude_vector")
+    return {name: ratio for name in parameters if name.endswith(faster)}
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:

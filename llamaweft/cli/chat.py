@@ -39,7 +39,7 @@ def chat(
     say(f"loading {subject}")
     opened = open_subject(subject)
     talk = Chat(
-        opened.model,
+        opened.generates,
         opened.pipeline.tokenizer,
         stop_ids=stop_ids(opened.pipeline.tokenizer),
         system=system if system is not None else opened.usual_system(),

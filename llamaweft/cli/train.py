@@ -116,6 +116,8 @@ def print_result(pipeline: Any, result: dict[str, Any]) -> None:
     if result["evaluation"]:
         print_evaluation(result["evaluation"])
     shown = folder.adapter if folder.adapter.exists() else folder.model
+    use = "measure it" if pipeline.head is not None else "talk to it"
+    verb = "evaluate" if pipeline.head is not None else "chat"
     out.print(
         facts(
             "The run",
@@ -123,14 +125,14 @@ def print_result(pipeline: Any, result: dict[str, Any]) -> None:
                 "folder": folder.root,
                 "weights": shown,
                 "report": folder.report_html,
-                "talk to it": f"llamaweft chat {folder.root}",
+                use: f"llamaweft {verb} {folder.root}",
             },
         )
     )
 
 
 def print_evaluation(content: dict[str, Any], before: str = "before", after: str = "after") -> None:
-    """The metric table, with a verdict only where the intervals allow one."""
+    """The metric table, with the verdicts of the paired test."""
     from llamaweft.evaluate.report import metric_table
 
     shown = table(f"On {content['name']}", "metric", before, after, "")

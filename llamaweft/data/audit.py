@@ -15,6 +15,7 @@ import numpy as np
 from llamaweft.data.duplicates import repeated
 from llamaweft.data.observe import Flag
 from llamaweft.data.store import StoredRows
+from llamaweft.data.targets import class_name
 
 EXAMPLES_SHOWN = 5
 
@@ -32,6 +33,7 @@ BLOCKING = (
     "untrained_token",
     "validation_leak",
     "too_long",
+    "rare_class",
 )
 """Checks that stop `train`."""
 
@@ -51,6 +53,8 @@ REMEDIES = {
     "the instruct model, or data.chat_template with tokens that were trained",
     "validation_leak": "the row is in the validation rows too, or nearly; remove it on one side, "
     "as data.clean with the step leakage does",
+    "rare_class": "no other training row has its class, so it cannot be learnt and measured; add "
+    "rows of it, or take it out",
     "validation_overlap": "shares 13 words in a row with the answer of a validation row",
     "too_long": "longer than data.max_length_tokens: {max_length_tokens}, so an answer would be "
     "cut; raise it or set data.on_too_long to split, drop or truncate",
@@ -107,12 +111,14 @@ class Audit:
 class Material:
     """What is audited: rows of a store, before `on_too_long` is applied.
 
-    leaks, overlaps: rows that a held-out row is in, as a whole or nearly, or in part.
+    leaks, overlaps: rows that a held-out row is in, as a whole or nearly, or in part. rare: rows
+    with a class that no other row has.
     """
 
     stored: StoredRows
     rows_N: np.ndarray
     held_keys: np.ndarray
+    rare: np.ndarray
     leaks: Collection[int]
     overlaps: Collection[int]
     cleaning: list[dict[str, Any]]
@@ -137,6 +143,7 @@ def rows_by_check(material: Material, max_length_tokens: int) -> dict[str, np.nd
         "too_long": table["tokens"] > max_length_tokens,
         "duplicate": repeated(table["key"]),
         "label_balance": _one_sided(table["answer"]),
+        "rare_class": np.isin(rows_N, material.rare),
     }
     return {check: rows_N[mask] for check, mask in masks.items()}
 
@@ -155,8 +162,7 @@ def audit(
     table = stored.table[material.rows_N]
     words = {"max_length_tokens": max_length_tokens, "answer": ""}
     if len(found["label_balance"]):
-        document = stored.document(int(found["label_balance"][0]))
-        words["answer"] = repr(decode(document.ids[document.weights > 0].tolist())[:60])
+        words["answer"] = repr(_answer(stored, int(found["label_balance"][0]), decode)[:60])
 
     def finding(check: str, rows: int, examples: list[str]) -> Finding:
         blocks = check in BLOCKING and not (check == "too_long" and on_too_long)
@@ -186,6 +192,16 @@ def audit(
         lengths_tokens=_quantiles(table["tokens"]),
         trained_tokens_per_row=_quantiles(table["trained"]),
     )
+
+
+def _answer(stored: StoredRows, row: int, decode: Callable[[Sequence[int]], str]) -> str:
+    """What the row should be answered with: its trained tokens, or its label."""
+    document = stored.document(row)
+    if document.labels is None:
+        return decode(document.ids[document.weights > 0].tolist())
+    seen = stored.state["classes"]
+    targets = document.labels["target"].tolist()
+    return ", ".join(class_name(seen[int(t)]) if seen else f"{t:g}" for t in targets)
 
 
 def _one_sided(answers_N: np.ndarray) -> np.ndarray:

@@ -29,12 +29,13 @@ from llamaweft.data.formats import ShapeOfFile, to_examples
 from llamaweft.data.observe import Flag, Observer
 from llamaweft.data.sources import BadRows, Row, Source, fingerprint, read_rows
 from llamaweft.data.store import StoredRows, Writer, read_state
+from llamaweft.data.targets import TargetEncoder
 from llamaweft.data.template import Rendered
 from llamaweft.errors import UserError
 from llamaweft.files import locked
 from llamaweft.runtime import cache_dir
 
-VERSION = 2
+VERSION = 3
 """Of what is kept in the cache; another one is prepared again."""
 
 CHUNK = 1024
@@ -63,7 +64,7 @@ class Build:
 
     sources: Sequence[Source]
     task: str
-    encoder: Encoder
+    encoder: Encoder | TargetEncoder
     observer: Observer
     clean: Sequence[dict[str, Any]]
     on_bad_row: str
@@ -107,6 +108,8 @@ class Build:
 
     def _write(self, folder: Path) -> None:
         writer = Writer(folder)
+        if isinstance(self.encoder, TargetEncoder):
+            self.encoder.restore(writer.state)
         try:
             near = self._near_duplicates(folder, writer.rows)
             with _only_new_garbage(), ThreadPoolExecutor(1) as tokenising:
@@ -146,6 +149,8 @@ class Build:
             flags.append(seen)
         writer.append(chunk.examples, documents, flags, chunk.source)
         writer.state = chunk.state | {"near_duplicates": pairs[:PAIRS_KEPT]}
+        if isinstance(self.encoder, TargetEncoder):
+            writer.state |= self.encoder.state
         self.report(writer.rows)
 
     def _chunks(self, state: dict[str, Any]) -> Iterator[Chunk]:

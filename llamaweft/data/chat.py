@@ -24,19 +24,35 @@ Tokenizer = Any
 @dataclass(frozen=True, eq=False)
 class Document:
     """ids (int32) and weights (float32: 0 = context, above = trained), both of the same length.
-    where: the row it comes from."""
+    where: the row it comes from. labels: what a head reads (targets.LABEL); None: the tokens before
+    a trained one predict it."""
 
     ids: np.ndarray
     weights: np.ndarray
     where: str
+    labels: np.ndarray | None = None
 
     @property
     def trained_tokens(self) -> int:
+        if self.labels is not None:
+            return len(self.labels)
         return int(np.count_nonzero(self.weights[1:]))
 
     def part(self, start: int, stop: int) -> Document:
         """Tokens [start, stop)."""
-        return Document(self.ids[start:stop], self.weights[start:stop], self.where)
+        labels = self.labels
+        if labels is not None:
+            labels = labels_within(labels, start, stop)
+        return Document(self.ids[start:stop], self.weights[start:stop], self.where, labels)
+
+
+def labels_within(labels: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Those of tokens [start, stop), counted from there; those of the last token stay so."""
+    of_last = labels["position"] < 0
+    inside = (labels["position"] >= start) & (labels["position"] < stop)
+    found = labels[of_last | inside].copy()
+    found["position"] -= np.where(found["position"] < 0, 0, start)
+    return found
 
 
 class Encoder:

@@ -18,11 +18,11 @@ OpenAI's form, with arguments as an object), `tool_call_id` (of a tool), `name` 
 class Labels:
     """The classes of a text, or of a pair of texts; the first text is `Example.text`.
 
-    labels: as given, text, number or true/false. many: whether the row gives a list, so that any
-    number of classes may hold. text_pair: the second text of a pair.
+    labels: as given, text, number or true/false; of regression one number. many: whether the row
+    gives a list, so that any number of classes may hold. text_pair: the second text of a pair.
     """
 
-    labels: tuple[str | int, ...]
+    labels: tuple[str | int | float, ...]
     many: bool = False
     text_pair: str | None = None
 

@@ -143,7 +143,9 @@ def _renamed(row: Row, columns: dict[str, str] | None) -> dict[str, Any]:
 
 
 def _learnable(example: Example, task: str) -> Example:
-    """What chat and text learn of an example: its words."""
+    """What a task learns of an example: chat and text its words, the others its target."""
+    if task not in ("chat", "text"):
+        return replace(example, messages=()) if example.messages else example
     if isinstance(example.target, Span) and not example.target.answers:
         raise UserError(
             f"{example.where} has no answer, which task: {task} cannot learn; "

@@ -11,6 +11,7 @@ import numpy as np
 
 from llamaweft.data.chat import Document, Encoder, stop_ids
 from llamaweft.data.example import Example
+from llamaweft.data.targets import TargetEncoder
 from llamaweft.data.template import Rendered
 
 
@@ -45,19 +46,22 @@ class Observer:
     tokenizer's. untrained: tokens whose embedding the model never learnt."""
 
     def __init__(
-        self, encoder: Encoder, vocab_size: int | None = None, untrained: Collection[int] = ()
+        self,
+        encoder: Encoder | TargetEncoder,
+        vocab_size: int | None = None,
+        untrained: Collection[int] = (),
     ) -> None:
         tokenizer = encoder.tokenizer
         self.encoder = encoder
         self.vocab_size = vocab_size
         self.untrained = np.array(sorted(untrained), np.int32)
-        self.stops = stop_ids(tokenizer)
+        self.stops = stop_ids(tokenizer) if isinstance(encoder, Encoder) else set()
         self.bos: int | None = tokenizer.bos_token_id
         self.begins = self.bos is not None and encoder.begins_with(self.bos)
 
     def flags(self, example: Example, text: Rendered, document: Document) -> int:
         found = Flag(0)
-        if example.text is None:
+        if example.text is None and document.labels is None:
             if not roles_in_order(example):
                 found |= Flag.ROLE_ORDER
             if any(_is_empty_answer(message) for message in example.messages):
@@ -65,7 +69,8 @@ class Observer:
             if _content_changed(example, text):
                 found |= Flag.CONTENT_CHANGED
         ids = document.ids
-        if document.trained_tokens and not self._ends(document):
+        ends = document.labels is not None or self._ends(document)
+        if document.trained_tokens and not ends:
             found |= Flag.UNTRAINED_END_OF_TURN
         if not self._begins_once(ids):
             found |= Flag.BEGIN_OF_TEXT

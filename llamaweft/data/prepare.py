@@ -4,7 +4,7 @@ length."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from llamaweft.data.audit import EXAMPLES_SHOWN, Audit, Material, audit, rows_by_check
 from llamaweft.data.build import Build
 from llamaweft.data.chat import Document, Encoder, Tokenizer
+from llamaweft.data.classes import Classes, find_classes, rare_rows
 from llamaweft.data.contamination import MOST_REFERENCES, Contamination, contamination
 from llamaweft.data.duplicates import repeated
 from llamaweft.data.example import Example
@@ -22,6 +23,7 @@ from llamaweft.data.observe import Flag, Observer
 from llamaweft.data.selection import Documents, Examples, fitted, pieces
 from llamaweft.data.sources import PlainSource, Source, read_rows
 from llamaweft.data.store import StoredRows
+from llamaweft.data.targets import HEAD_TASKS, TargetEncoder
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Prepared:
     """What is learnt, how often in an epoch (`weights`), and what is only measured on.
 
     examples: the rows that the documents are made of. found: held-out text in training rows.
-    by_check: the rows that each check of the audit found.
+    by_check: the rows that each check of the audit found. classes: of tasks that have some.
     """
 
     documents: Documents
@@ -40,6 +42,7 @@ class Prepared:
     audit: Audit
     found: Contamination
     by_check: dict[str, np.ndarray]
+    classes: Classes | None = None
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,17 @@ class Preparation:
     allow: Collection[str] = ()
     vocab_size: int | None = None
     untrained: Collection[int] = ()
+    class_weights: str | dict[str, float] | None = None
     report: Callable[[int], None] = lambda rows: None
     say: Callable[[str], None] = lambda what: None
 
     @cached_property
-    def encoder(self) -> Encoder:
+    def encoder(self) -> Encoder | TargetEncoder:
+        return self._new_encoder()
+
+    def _new_encoder(self) -> Encoder | TargetEncoder:
+        if self.task in HEAD_TASKS:
+            return TargetEncoder(self.tokenizer, self.task)
         return Encoder(self.tokenizer, self.train_on)
 
     @cached_property
@@ -76,12 +85,19 @@ class Preparation:
         """The examples of a source. Raises UserError, naming the row, for what cannot be read."""
         return list(to_examples(read_rows(source), self.task, source.format, source.columns))
 
-    def held_out(self, examples: Sequence[Example]) -> list[Document]:
-        """Documents to measure on: those with a trained token, and never an error for length."""
+    def held_out(
+        self, examples: Sequence[Example], classes: Classes | None = None
+    ) -> list[Document]:
+        """Documents to measure on: those with a trained token, and never an error for length.
+        classes: of the training rows. Raises UserError for a label that they lack."""
         policy = self.on_too_long or "truncate"
+        encoder = self._new_encoder()
+        documents = encoder(examples)
+        if isinstance(encoder, TargetEncoder) and classes is not None:
+            documents = [classes.named(document, list(encoder.classes)) for document in documents]
         parts = (
             document.part(start, stop)
-            for document in self.encoder(examples)
+            for document in documents
             for start, stop in pieces(len(document.ids), self.max_length_tokens, policy)
         )
         return [part for part in parts if part.trained_tokens]
@@ -125,13 +141,23 @@ class Preparation:
                 "training rows by their words; equal rows are looked for in all"
             )
         found = contamination(stored, rows_N, held, held_N)
-        documents = fitted(stored, rows_N, self.max_length_tokens, self.on_too_long)
-        weights = np.array([weight for _, weight in train])
         policy = self.on_too_long or "truncate"
+        documents = fitted(stored, rows_N, self.max_length_tokens, self.on_too_long)
+        held_documents = fitted(held, held_N, self.max_length_tokens, policy)
+        classes = find_classes(stored, rows_N)
+        if classes is not None:
+            classes.check_held_out(held, held_N)
+            weights_C = classes.weights(self.class_weights)
+            documents = replace(
+                documents, classes_C=classes.of_store(stored), class_weights_C=weights_C
+            )
+            held_documents = replace(held_documents, classes_C=classes.of_store(held))
+        weights = np.array([weight for _, weight in train])
         material = Material(
             stored=stored,
             rows_N=rows_N,
             held_keys=held.table["key"][held_N],
+            rare=rare_rows(stored, rows_N),
             leaks=found.leaks_N,
             overlaps=found.overlaps_N,
             cleaning=[*stored.state["cleaning"], *removed.steps],
@@ -152,11 +178,12 @@ class Preparation:
             documents=documents,
             weights=weights[stored.table["source"][documents.rows_N]],
             examples=Examples(stored, rows_N),
-            validation=Examples(held, held_N),
-            validation_documents=fitted(held, held_N, self.max_length_tokens, policy),
+            validation=Examples(held, held_N if classes is None else held_documents.rows_N),
+            validation_documents=held_documents,
             audit=seen,
             found=found,
             by_check=by_check,
+            classes=classes,
         )
 
     def _build(self, sources: Sequence[Source], clean: Sequence[dict[str, Any]]) -> StoredRows:

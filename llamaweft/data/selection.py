@@ -40,13 +40,16 @@ class _OfRows(Sequence[Item]):
 @dataclass(frozen=True, eq=False)
 class Documents(_OfRows[Document]):
     """Parts of stored rows, as documents. rows_N, starts_N, stops_N: token [start, stop) of a row.
-    labels_N: trained tokens of each."""
+    labels_N: trained tokens of each. classes_C: the head's class for each of the store's, and what
+    one counts (class_weights_C); None: targets are what they are."""
 
     stored: StoredRows
     rows_N: np.ndarray
     starts_N: np.ndarray
     stops_N: np.ndarray
     labels_N: np.ndarray
+    classes_C: np.ndarray | None = None
+    class_weights_C: np.ndarray | None = None
 
     @property
     def lengths(self) -> np.ndarray:
@@ -54,7 +57,13 @@ class Documents(_OfRows[Document]):
 
     def _at(self, index: int) -> Document:
         row, start, stop = (int(a[index]) for a in (self.rows_N, self.starts_N, self.stops_N))
-        return self.stored.document(row, start, stop)
+        document = self.stored.document(row, start, stop)
+        if document.labels is not None and self.classes_C is not None:
+            given = document.labels["target"].astype(np.int64)
+            document.labels["target"] = np.where(given < 0, given, self.classes_C[given])
+            if self.class_weights_C is not None:
+                document.labels["weight"] *= self.class_weights_C[self.classes_C[given]]
+        return document
 
 
 @dataclass(frozen=True, eq=False)

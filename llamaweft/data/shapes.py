@@ -130,5 +130,9 @@ TASK_SHAPES = {
         "dialogue",
     ),
     "text": ("text",),
+    "sequence_classification": ("classification",),
+    "regression": ("classification",),
+    "token_classification": ("tagging",),
+    "question_answering": ("squad",),
 }
 """What each task learns from."""

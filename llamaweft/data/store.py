@@ -6,6 +6,7 @@ chunk.
 
     rows.bin      a ROW for each row            records.bin   where the row is from, and its key
     ids.bin       int32 token ids               weights.bin   uint8, indices into "weights"
+    labels.bin    what a head reads, for tasks that have one (targets.py)
     state.json    how far they go, what is needed to go on, the "weights"; "complete" at the end
 """
 
@@ -14,14 +15,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from llamaweft.data.chat import Document
+from llamaweft.data.chat import Document, labels_within
 from llamaweft.data.example import Example
+from llamaweft.data.targets import LABEL
 from llamaweft.errors import UserError
 from llamaweft.files import write_text
 
@@ -29,6 +32,7 @@ ROW = np.dtype(
     [
         ("first_token", "<u8"),
         ("first_byte", "<u8"),
+        ("first_label", "<u8"),
         ("key", "<u8"),
         ("answer", "<u8"),
         ("tokens", "<u4"),
@@ -38,9 +42,11 @@ ROW = np.dtype(
     ]
 )
 """first_token, tokens: where its tokens are. first_byte: where its record begins. key: a hash of
-what it says. answer: of its trained tokens. flags: what the audit saw (audit.py). source: index."""
+what it says. answer: of its trained tokens, or targets. trained: how many these are. flags: what
+the audit saw (audit.py). source: index."""
 
 FILES = {"rows": ROW, "ids": np.dtype("<i4"), "weights": np.dtype("u1"), "records": np.dtype("u1")}
+FILES["labels"] = LABEL
 
 
 class Writer:
@@ -63,6 +69,7 @@ class Writer:
         self.rows = sizes.get("rows", 0) // ROW.itemsize
         self._tokens = sizes.get("ids", 0) // FILES["ids"].itemsize
         self._bytes = sizes.get("records", 0)
+        self._labels = sizes.get("labels", 0) // LABEL.itemsize
 
     def append(
         self,
@@ -79,8 +86,18 @@ class Writer:
         ids = np.concatenate([document.ids for document in documents])
         weights = np.concatenate([document.weights for document in documents])
         trained = weights > 0
-        answers = np.concatenate([[0], np.cumsum(trained)])  # trained tokens before each token
-        begins, ends = answers[firsts], answers[firsts + counts]
+        labels = [d.labels for d in documents if d.labels is not None]
+        if labels:
+            told = np.concatenate(labels)
+            said: np.ndarray = told["target"].copy()
+            ends = np.cumsum([len(each) for each in labels])
+            begins = np.concatenate([[0], ends[:-1]])
+            counted = ends - begins
+        else:
+            said = ids[trained]
+            before = np.concatenate([[0], np.cumsum(trained)])  # trained tokens before each token
+            begins, ends = before[firsts], before[firsts + counts]
+            counted = ends - before[np.minimum(firsts + 1, firsts + counts)]
         records = [self._record(example) for example in examples]
         sizes = np.array([len(record) for record in records], np.int64)
 
@@ -90,16 +107,19 @@ class Writer:
         table["key"] = [
             xxhash.xxh3_64_intdigest(record[record.index(b"\n") + 1 :]) for record in records
         ]
-        said = ids[trained].data
         table["answer"] = [
-            xxhash.xxh3_64_intdigest(said[begin:end])
+            xxhash.xxh3_64_intdigest(said.data[begin:end])
             for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)
         ]
         table["tokens"] = counts
-        table["trained"] = ends - answers[np.minimum(firsts + 1, firsts + counts)]
+        table["trained"] = counted
         table["flags"] = flags
         table["source"] = source
 
+        if labels:
+            table["first_label"] = self._labels + begins
+            self._files["labels"].write(told.tobytes())
+            self._labels += len(told)
         self._files["ids"].write(ids.tobytes())
         self._files["weights"].write(self._codes(weights, trained, documents).tobytes())
         self._files["records"].write(b"".join(records))
@@ -158,7 +178,7 @@ class StoredRows:
         self.folder = folder
         self.state: dict[str, Any] = content["state"]
         self._palette = np.array(content["weights"], np.float32)
-        self.table, self._ids, self._codes, self._records = (
+        self.table, self._ids, self._codes, self._records, self._labels = (
             _mapped(folder / f"{name}.bin", kind) for name, kind in FILES.items()
         )
 
@@ -171,10 +191,26 @@ class StoredRows:
         first, count = int(line["first_token"]), int(line["tokens"])
         part = slice(first + start, first + (count if stop is None else stop))
         ids = np.array(self._ids[part])
-        return Document(ids, self._palette[self._codes[part]], self.where(row))
+        found = Document(ids, self._palette[self._codes[part]], self.where(row))
+        if not len(self._labels):
+            return found
+        begin = int(line["first_label"])
+        labels = np.array(self._labels[begin : begin + int(line["trained"])])
+        return replace(found, labels=labels_within(labels, start, start + len(ids)))
+
+    def targets(self, rows_N: np.ndarray) -> np.ndarray:
+        """Of all labels of these rows, one after another."""
+        lines = self.table[rows_N]
+        firsts, counts = (lines[name].astype(np.int64) for name in ("first_label", "trained"))
+        if not len(rows_N):
+            return np.zeros(0, np.float32)
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return np.array(self._labels["target"][np.repeat(firsts, counts) + within])
 
     def trained(self, row: int, start: int, stop: int) -> int:
         """Trained tokens of [start, stop), its first one not counted."""
+        if len(self._labels):
+            return self.document(row, start, stop).trained_tokens
         first = int(self.table[row]["first_token"])
         codes = self._codes[first + start + 1 : first + stop]
         return int(np.count_nonzero(self._palette[codes]))

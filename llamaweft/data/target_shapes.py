@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from llamaweft.data.chat_shapes import chat, side
@@ -18,14 +19,18 @@ def text(where: str, content: dict[str, Any]) -> Example:
 def classification(where: str, content: dict[str, Any]) -> Example:
     name, value = either(content, "label", "labels")
     given = value if isinstance(value, list) else [value]
-    if not all_of(given, str, int, bool):
+    if not all_of(given, str, int, bool, float) or not all(map(_finite, given)):
         raise UserError(
-            f"{where}: {name!r} must be text, a whole number, true or false, or a list of these, "
+            f"{where}: {name!r} must be text, a number, true or false, or a list of these, "
             f"and is {shown(value)}"
         )
     first = string(where, content, "text", "sentence")
     pair = string(where, content, "text_pair") if content.get("text_pair") is not None else None
     return Example(where, text=first, target=Labels(tuple(given), isinstance(value, list), pair))
+
+
+def _finite(value: object) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def tagging(where: str, content: dict[str, Any]) -> Example:
@@ -35,6 +40,8 @@ def tagging(where: str, content: dict[str, Any]) -> Example:
         raise UserError(
             f"{where}: 'tokens' must be a list with at least one word, all of them text"
         )
+    if blank := next((i for i, word in enumerate(tokens, 1) if not word.strip()), None):
+        raise UserError(f"{where}: token {blank} is empty; remove it and its tag")
     if not all_of(tags, str, int):
         raise UserError(f"{where}: {name!r} must be a list of text or whole numbers")
     if len(tokens) != len(tags):

@@ -40,12 +40,14 @@ class Span(NamedTuple):
 class Rendered:
     """text: of the chat. contents: where each message's content stands in it, None where that
     cannot be told. answers: by index of the message, what the model writes in that turn, with the
-    end of the turn. marked: whether the template itself marks the answers."""
+    end of the turn, in one span or more. marked: whether the template itself marks the answers.
+    pair: the second text, of a pair."""
 
     text: str
     contents: tuple[Span | None, ...] = ()
     answers: tuple[tuple[int, Span], ...] = ()
     marked: bool = False
+    pair: str | None = None
 
 
 class _Skeleton(NamedTuple):

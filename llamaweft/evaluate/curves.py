@@ -7,7 +7,7 @@ phone. Colours come from the page's style sheet, so one drawing serves light and
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
@@ -106,8 +106,16 @@ def interval_svg(
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether a metric is a loss or a perplexity. Every other one is better the higher it is."""
-    return metric.lower().endswith(("loss", "perplexity"))
+    """Whether a metric is a loss, a perplexity or the error mae. Every other one, and every
+    `module:function` of the user's, is better the higher it is."""
+    return ":" not in metric and metric.lower().endswith(("loss", "perplexity", "mae"))
+
+
+def is_share(metric: str, values: Iterable[float]) -> bool:
+    """Whether values are shares of 1, to be shown as percentages. The range of a user's
+    `module:function` is not known, so it is none."""
+    plain = ":" in metric or lower_is_better(metric)
+    return not plain and all(0 <= value <= 1 for value in values)
 
 
 def short(value: float) -> str:
@@ -145,7 +153,7 @@ def _loss_panel(train: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> 
 
 
 def _held_out_panel(name: str, points: Points) -> Panel | None:
-    if not lower_is_better(name) and all(0 <= value <= 1 for _, value in points):
+    if is_share(name, (value for _, value in points)):
         name, points = f"{name}, %", [(step, 100 * value) for step, value in points]
     return _panel(name, [Series("held out", "held-out", points)], _first_to_last)
 

@@ -14,7 +14,10 @@ from llamaweft.data.chat import Document, Encoder, Tokenizer, stop_ids
 from llamaweft.data.example import Example
 from llamaweft.data.selection import lengths_of
 from llamaweft.errors import UserError
-from llamaweft.evaluate.metrics import ANSWER_METRICS, Parts, summarise
+from llamaweft.evaluate.bootstrap import Parts, compare, summarise
+from llamaweft.evaluate.curves import lower_is_better
+from llamaweft.evaluate.imported_metrics import NoNumberError
+from llamaweft.evaluate.metrics import LOSSES, Metric, answer_metric, score_of
 from llamaweft.generate.generate import generate_batch
 
 Progress = Callable[[int, int], None]
@@ -35,7 +38,7 @@ class Answer:
 class Evaluator:
     """Held-out documents and how to measure on them.
 
-    metrics: names; those of ANSWER_METRICS generate an answer for each row.
+    metrics: names; all but those of LOSSES generate an answer for each row.
     loss_parts: model and documents -> for each document, (summed loss in nats, trained weight).
     max_rows: rows that answers are generated for, the first ones.
     micro_batch_tokens: tokens computed at once for the loss.
@@ -46,21 +49,24 @@ class Evaluator:
     documents: Sequence[Document]
     examples: Sequence[Example]
     tokenizer: Tokenizer
-    loss_parts: Callable[[Any, list[Document]], list[Parts]]
+    loss_parts: Callable[[Any, list[Document]], Sequence[Parts]]
     max_rows: int
     max_new_tokens: int
     micro_batch_tokens: int
     cache_bytes: Callable[[], int]
 
     def check(self) -> None:
-        """Raises UserError when there is no row to measure a metric on."""
-        answered = [name for name in self.metrics if name in ANSWER_METRICS]
+        """Raises UserError when a metric's library or module is missing, or when there is no row
+        to measure a metric on."""
+        answered = [name for name in self.metrics if name not in LOSSES]
+        for name in answered:
+            answer_metric(name)
         if answered and not self._chats():
             raise UserError(
                 f"evaluation.metrics: {answered[0]} compares answers, and no held-out row ends "
                 "with an assistant's answer; measure loss, or hold other rows out"
             )
-        if not self.documents and {"loss", "perplexity"} & set(self.metrics):
+        if not self.documents and set(LOSSES) & set(self.metrics):
             raise UserError(
                 "evaluation.metrics: no held-out row has a trained token to take the loss on; "
                 "hold other rows out"
@@ -72,23 +78,25 @@ class Evaluator:
         return list(islice(chats, self.max_rows))
 
     def measure(self, model: Any, progress: Progress | None = None) -> dict[str, Any]:
-        """{"metrics": each as {"value", "low", "high", "count"}, "answers": those behind them}."""
+        """{"metrics": each as {"value", "low", "high", "count"}, "answers": those behind them,
+        "parts": for each metric what each row adds to it, as lists of floats; perplexity's are
+        those of "loss"}. Raises UserError, with the row, where a user's metric gives no number.
+        """
         model.eval()
-        results: dict[str, dict[str, float]] = {}
-        wanted = [name for name in self.metrics if name in ANSWER_METRICS]
+        wanted = {name: answer_metric(name) for name in self.metrics if name not in LOSSES}
         answers = self.answers(model, progress) if wanted else []
-        losses = self._losses(model) if {"loss", "perplexity"} & set(self.metrics) else []
-        for name in self.metrics:
-            match name:
-                case "loss":
-                    value = summarise(losses)
-                case "perplexity":
-                    value = summarise(losses, np.exp)
-                case _:
-                    measure = ANSWER_METRICS[name]
-                    value = summarise([measure(a.answer, a.reference) for a in answers])
-            results[name] = asdict(value)
-        return {"metrics": results, "answers": [asdict(answer) for answer in answers]}
+        parts = {name: _parts(name, metric, answers) for name, metric in wanted.items()}
+        if set(LOSSES) & set(self.metrics):
+            parts["loss"] = [list(row) for row in self._losses(model)]
+        results = {
+            name: asdict(summarise(parts[_parts_name(name)], score_of(name)))
+            for name in self.metrics
+        }
+        return {
+            "metrics": results,
+            "answers": [asdict(answer) for answer in answers],
+            "parts": parts,
+        }
 
     def answers(self, model: Any, progress: Progress | None = None) -> list[Answer]:
         """The model's greedy answer to the last turn of each of the first `max_rows` chats."""
@@ -117,29 +125,73 @@ class Evaluator:
             document = self.documents[index]
             tokens = sum(len(d.ids) for d in batch)
             if batch and tokens + len(document.ids) > self.micro_batch_tokens:
-                parts += self.loss_parts(model, batch)
+                parts.extend(self.loss_parts(model, batch))
                 batch = []
             batch.append(document)
-        return parts + self.loss_parts(model, batch)
+        return [*parts, *self.loss_parts(model, batch)]
 
 
-def side_by_side(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """The content of evaluation.json from two measurements {"metrics", "answers"} on the same
-    rows: both sides' metrics, and some of the answers beside each other."""
-    pairs = list(zip(before["answers"], after["answers"], strict=True))
+def side_by_side(before: dict[str, Any], after: dict[str, Any] | None) -> dict[str, Any]:
+    """The content of evaluation.json from what `measure` returned on the same rows: both sides'
+    metrics, some of the answers beside each other, and the paired test of each metric.
+
+    Without `after` there is one side only. Without "parts" on both sides there is no test.
+    """
+    answers = before["answers"]
+    others = answers if after is None else after["answers"]
+    pairs = list(zip(answers, others, strict=True))
     shown = pairs[:: max(1, len(pairs) // EXAMPLES_SHOWN)][:EXAMPLES_SHOWN]
-    return {
+    content: dict[str, Any] = {
         "name": "held-out rows",
         "before": {"metrics": before["metrics"]},
-        "after": {"metrics": after["metrics"]},
-        "examples": [
-            {
-                "where": b["where"],
-                "prompt": b["prompt"],
-                "reference": b["reference"],
-                "before": b["answer"],
-                "after": a["answer"],
-            }
-            for b, a in shown
-        ],
+        "after": None if after is None else {"metrics": after["metrics"]},
+        "examples": [_example(b, None if after is None else a) for b, a in shown],
     }
+    if after is not None and "confusion" in after:
+        content["confusion"] = {"before": before["confusion"], "after": after["confusion"]}
+    if after is not None and "parts" in before and "parts" in after:
+        content["difference"] = _differences(before, after)
+    return content
+
+
+def _example(before: dict[str, Any], after: dict[str, Any] | None) -> dict[str, Any]:
+    kept = {key: before[key] for key in ("where", "prompt", "reference")}
+    return (
+        kept | {"before": before["answer"]} | ({} if after is None else {"after": after["answer"]})
+    )
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The paired test of each metric that both sides have on the same rows.
+
+    Two tokenizers cut rows into other tokens, so their losses are no pairs: there, the trained
+    weights of the documents differ.
+    """
+    found = {}
+    for name in before["metrics"]:
+        old, new = (side["parts"].get(_parts_name(name), []) for side in (before, after))
+        same = len(old) == len(new) > 0
+        if same and name in LOSSES:
+            same = np.allclose([row[1] for row in old], [row[1] for row in new], rtol=1e-9)
+        if same:
+            lower = lower_is_better(name)
+            found[name] = asdict(compare(old, new, score_of(name), lower_is_better=lower))
+    return found
+
+
+def _parts_name(metric: str) -> str:
+    return "loss" if metric in LOSSES else metric
+
+
+def _parts(name: str, metric: Metric, answers: Sequence[Answer]) -> list[list[float]]:
+    rows = []
+    for answer in answers:
+        try:
+            row = metric.row(answer.answer, answer.reference)
+        except NoNumberError as error:
+            raise UserError(
+                f"evaluation.metrics: {name} {error} on the row {answer.where}; return a number "
+                "for every pair of texts"
+            ) from error
+        rows.append([float(number) for number in row])
+    return rows

@@ -1,6 +1,6 @@
-"""Measures of answers against references, one number a row, and what they come to.
+"""Metrics by name: what each row adds to one, and how the value comes from the sum over rows.
 
-Every metric is a mean or a ratio over rows, so its interval comes from resampling rows.
+D: draws of rows. S: statistics of a row.
 """
 
 from __future__ import annotations
@@ -15,36 +15,23 @@ from typing import Any
 
 import numpy as np
 
-Parts = tuple[float, float]
-"""Numerator and denominator that a row adds to a metric."""
-
-RESAMPLES = 2000
+from llamaweft.errors import UserError
+from llamaweft.evaluate.bootstrap import Parts, Score, ratio
+from llamaweft.evaluate.head_metrics import HEAD_SCORES
+from llamaweft.evaluate.imported_metrics import corpus_score, rouge, user_metric
 
 
 @dataclass(frozen=True)
-class Value:
-    """A metric on held-out rows. low, high: 95% percentile bootstrap over rows. count: rows."""
+class Metric:
+    """row: (answer, reference) -> what the row adds. score: of summed rows, sums_DS -> value_D."""
 
-    value: float
-    low: float
-    high: float
-    count: int
+    row: Callable[[str, str], Parts]
+    score: Score = ratio
 
 
-def summarise(parts: list[Parts], transform: Callable[[Any], Any] = lambda ratio: ratio) -> Value:
-    """sum(numerators) / sum(denominators) with its bootstrap interval (Efron, 1979).
-
-    `transform` is applied to the ratio: exp for perplexity. The resampling seed is fixed.
-    """
-    rows = np.asarray(parts, dtype=np.float64)
-    counts = np.random.default_rng(0).multinomial(
-        len(rows), np.full(len(rows), 1 / len(rows)), size=RESAMPLES
-    )
-    sums = counts @ rows
-    ratios = sums[:, 0] / np.maximum(sums[:, 1], 1e-12)
-    low, high = np.percentile(transform(ratios), [2.5, 97.5])
-    value = transform(rows[:, 0].sum() / max(rows[:, 1].sum(), 1e-12))
-    return Value(float(value), float(low), float(high), len(rows))
+def perplexity(sums_DS: np.ndarray) -> np.ndarray:
+    """exp of the mean loss in nats."""
+    return np.exp(ratio(sums_DS))
 
 
 def exact_match(answer: str, reference: str) -> Parts:
@@ -78,13 +65,33 @@ def field_f1(answer: str, reference: str) -> Parts:
     return 2.0 * (got & expected).total(), float(got.total() + expected.total())
 
 
-ANSWER_METRICS: dict[str, Callable[[str, str], Parts]] = {
-    "exact_match": exact_match,
-    "f1": f1,
-    "json_valid": json_valid,
-    "field_f1": field_f1,
-}
-"""Metrics that compare a generated answer with its reference."""
+LOSSES: dict[str, Score] = {"loss": ratio, "perplexity": perplexity}
+"""Metrics of the summed loss and the trained weight of each document; lower is better."""
+
+_OURS = {"exact_match": exact_match, "f1": f1, "json_valid": json_valid, "field_f1": field_f1}
+
+
+def answer_metric(name: str) -> Metric:
+    """A metric that compares generated answers with references; `package.module:function` is a
+    user's own. Higher is better. Raises UserError where its library or module is missing, and for
+    a metric of something else."""
+    if ":" in name:
+        return Metric(user_metric(name))
+    if name in ("bleu", "chrf"):
+        return Metric(*corpus_score(name))
+    if name in ("rouge1", "rouge2", "rougeL"):
+        return Metric(rouge(name))
+    if name not in _OURS:
+        raise UserError(
+            f"evaluation.metrics: {name} does not compare generated answers; leave it out here"
+        )
+    return Metric(_OURS[name])
+
+
+def score_of(name: str) -> Score:
+    """How a metric's value comes from the sum over rows. Raises UserError as `answer_metric`."""
+    known = LOSSES | HEAD_SCORES
+    return known[name] if name in known else answer_metric(name).score
 
 
 def parse_json(text: str) -> Any:

@@ -38,7 +38,8 @@ class ReportInput:
     device, compute dtype and its reason, commit. audit: Audit.to_dict(). plan: free-form; shown
     against what was measured where it has seconds_per_step or peak_bytes; parts: bytes by name.
     metrics: records of metrics.jsonl. evaluations: {"name", "before": {"metrics"},
-    "after": {"metrics"} or None, "examples": [{"prompt", "reference", "before", "after"}]}.
+    "after": {"metrics"} or None, "difference" or nothing, "examples": [{"prompt", "reference",
+    "before", "after"}]}.
     """
 
     title: str
@@ -62,7 +63,7 @@ def write_report(run: ReportInput, html: Path, markdown: Path) -> None:
 def metric_table(evaluation: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """(metric, before, after, verdict) of each metric, as "12.0% [9.1%, 15.2%]".
 
-    verdict: better or worse only where the two intervals do not overlap.
+    verdict: better or worse only where the paired test in "difference" says so.
     """
     return [(m["name"], m["before"], m["after"], m["verdict"]) for m in compare_metrics(evaluation)]
 

@@ -43,13 +43,14 @@ def markdown_report(view: dict[str, Any]) -> str:
 def _evaluation(evaluation: dict[str, Any]) -> list[str]:
     if not evaluation["metrics"]:
         return []
-    rows = [
-        (m["name"], m["before"], m["after"], m["verdict"], m["rows"]) for m in evaluation["metrics"]
-    ]
+    keys = ("name", "before", "after", "difference", "verdict", "rows")
+    head = ("Metric", "Before", "After", "After - before", "Verdict", "Rows")
+    rows = [[metric[key] for key in keys] for metric in evaluation["metrics"]]
     return [
         f"## Held out: {escape(evaluation['name'])}",
-        table(("Metric", "Before", "After", "Verdict", "Rows"), rows),
-        "In brackets: the 95% interval. Better or worse: the two intervals do not overlap.",
+        table(head, rows),
+        "In brackets: the 95% interval. Better or worse: that of after - before, over the same "
+        "rows, is without 0.",
     ]
 
 

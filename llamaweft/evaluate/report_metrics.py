@@ -1,68 +1,67 @@
-"""Held-out metrics before and after training: as text, and with a verdict.
-
-A verdict needs two intervals that do not overlap. That is stricter than a test at the same level,
-so "no clear difference" does not say that there is none.
-"""
+"""Held-out metrics before and after training, as text, with the verdict of the paired test."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from llamaweft.evaluate.curves import interval_svg, lower_is_better
+from llamaweft.evaluate.bootstrap import BETTER, NOT_SHOWN, WORSE
+from llamaweft.evaluate.curves import interval_svg, is_share
 
 NOTHING = "—"
+NOT_COMPARED = "not compared"
+"""The verdict where one side was not measured."""
+NOT_TESTED = "not tested"
+"""The verdict where both were, and the evaluation holds no paired test of them."""
 
 
 def compare_metrics(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     """Every metric of an evaluation as a report shows it.
 
     Each: name, before and after with their intervals, before_value and after_value without,
-    verdict, rows, and a picture where the metric is a share.
+    difference with its interval, verdict, rows, and a picture where the metric is a share.
     """
     before = (evaluation.get("before") or {}).get("metrics", {})
     after = (evaluation.get("after") or {}).get("metrics", {})
-    return [_metric(name, before.get(name), after.get(name)) for name in {**before, **after}]
+    tests = evaluation.get("difference") or {}
+    return [
+        _metric(name, before.get(name), after.get(name), tests.get(name))
+        for name in {**before, **after}
+    ]
 
 
 def _metric(
-    name: str, before: dict[str, Any] | None, after: dict[str, Any] | None
+    name: str,
+    before: dict[str, Any] | None,
+    after: dict[str, Any] | None,
+    test: dict[str, Any] | None,
 ) -> dict[str, Any]:
     both = [measured for measured in (before, after) if measured]
     parts = [n for measured in both if (n := finite(measured.get("value"))) is not None]
-    share = not lower_is_better(name) and all(0 <= part <= 1 for part in parts)
+    share = is_share(name, parts)
     return {
         "name": name,
         "before": _shown(before, share),
         "after": _shown(after, share),
         "before_value": _shown(before, share, interval=False),
         "after_value": _shown(after, share, interval=False),
-        "verdict": _verdict(before, after, lower_is_better(name)),
+        "difference": _shown(test, share, difference=True),
+        "verdict": _verdict(test) if before and after else NOT_COMPARED,
         "rows": next((f"{m['count']:,}" for m in reversed(both) if m.get("count")), NOTHING),
         "picture": interval_svg(_triple(before), _triple(after)) if share and parts else None,
     }
 
 
-def _verdict(
-    before: dict[str, Any] | None, after: dict[str, Any] | None, lower_better: bool
-) -> str:
-    if not before or not after:
-        return "not compared"
-    old, new = _triple(before), _triple(after)
-    if not (old and new and _has_interval(before) and _has_interval(after)):
-        return "no clear difference"
-    if lower_better:
-        old, new = new, old
-    if old[2] < new[1]:
-        return "better"
-    return "worse" if new[2] < old[1] else "no clear difference"
+def _verdict(test: dict[str, Any] | None) -> str:
+    verdict = (test or {}).get("verdict")
+    return verdict if verdict in (BETTER, WORSE, NOT_SHOWN) else NOT_TESTED
 
 
 def headline(evaluations: list[dict[str, Any]]) -> dict[str, str]:
     """The first metric of the first evaluation in one line."""
     first = next((e for e in evaluations if e["metrics"]), None)
     if first is None:
-        return {"text": "Nothing was measured on held-out rows.", "verdict": "not compared"}
+        return {"text": "Nothing was measured on held-out rows.", "verdict": NOT_COMPARED}
     metric = first["metrics"][0]
     rows = "" if metric["rows"] == NOTHING else f" ({metric['rows']} held-out rows)"
     if metric["after"] == NOTHING:
@@ -100,7 +99,11 @@ def _triple(measured: dict[str, Any] | None) -> tuple[float, float, float] | Non
     return value, float(measured["low"]), float(measured["high"])
 
 
-def _shown(measured: dict[str, Any] | None, share: bool, interval: bool = True) -> str:
+def _shown(
+    measured: dict[str, Any] | None, share: bool, interval: bool = True, difference: bool = False
+) -> str:
+    """The value with its interval. A difference has its sign; of shares it is in percentage
+    points, "pp"."""
     triple = _triple(measured)
     if measured is None or triple is None:
         return NOTHING
@@ -110,6 +113,8 @@ def _shown(measured: dict[str, Any] | None, share: bool, interval: bool = True) 
     digits = min(max(3, 2 - size), 9)
 
     def one(number: float) -> str:
+        if difference:
+            return f"{100 * number:+.1f}pp" if share else f"{number:+,.{digits}f}"
         return f"{number:.1%}" if share else f"{number:,.{digits}f}"
 
     if interval and _has_interval(measured):

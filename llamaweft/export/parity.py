@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llamaweft.errors import UserError
-from llamaweft.model.llama import LlamaForCausalLM
+from llamaweft.model.llama import LlamaWithHead, Model
 from llamaweft.model.pack import Pack
 from llamaweft.weights.codecs import codec_of, decode
 from llamaweft.weights.frozen import encode
@@ -48,16 +48,22 @@ class Parity:
         return asdict(self) | {"passed": self.passed}
 
 
-def verify_merged(
-    live: LlamaForCausalLM, folder: Path, dtype: str, prompts: list[np.ndarray]
-) -> Parity:
+def verify_merged(live: Model, folder: Path, dtype: str, prompts: list[np.ndarray]) -> Parity:
     """Compare a merged folder, opened by transformers, with the live model."""
-    consumer = _opened(folder)
-    return _compare(live, consumer, "transformers.AutoModelForCausalLM", TOLERANCES[dtype], prompts)
+    consumer = _opened(folder, live)
+    name = f"transformers.{auto_class(live)}"
+    return _compare(live, consumer, name, TOLERANCES[dtype], prompts)
+
+
+def auto_class(live: Model) -> str:
+    """The class of transformers that opens such a model."""
+    if not isinstance(live, LlamaWithHead):
+        return "AutoModelForCausalLM"
+    return live.head_config.architecture.replace("Llama", "AutoModel")
 
 
 def verify_adapter(
-    live: LlamaForCausalLM, folder: Path, base: str, base_weights: str, prompts: list[np.ndarray]
+    live: Model, folder: Path, base: str, base_weights: str, prompts: list[np.ndarray]
 ) -> Parity:
     """Compare an adapter folder, opened by peft on its base model held in the codec
     `base_weights`, with the live model.
@@ -71,7 +77,7 @@ def verify_adapter(
             "peft is not installed, so the adapter cannot be proven; pip install peft, or export "
             "with --no-verify"
         ) from None
-    model = _opened(base)
+    model = _opened(base, live)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:  # held as the live model holds it: matrices rounded, norms not
             codec = codec_of(name, base_weights, parameter.ndim)
@@ -83,15 +89,20 @@ def verify_adapter(
     return _compare(live, consumer, "peft.PeftModel", TOLERANCES["peft"], prompts)
 
 
-def _opened(folder: Path | str) -> Any:
-    """The model in transformers, in fp32, without a progress bar."""
-    from transformers import AutoModelForCausalLM
+def _opened(folder: Path | str, live: Model) -> Any:
+    """The model in transformers, in fp32, without a progress bar. A base gets a head of the live
+    model's size, which an adapter then fills."""
+    import transformers
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    more = {}
+    if isinstance(live, LlamaWithHead) and live.head_config.name == "score":
+        more["num_labels"] = live.head_config.outputs
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        kind = getattr(transformers, auto_class(live))
+        return kind.from_pretrained(folder, dtype=torch.float32, **more)
     finally:
         if shown:
             logging.enable_progress_bar()
@@ -99,7 +110,7 @@ def _opened(folder: Path | str) -> Any:
 
 @torch.inference_mode()
 def _compare(
-    live: LlamaForCausalLM,
+    live: Model,
     consumer: torch.nn.Module,
     name: str,
     tolerance: float,
@@ -107,9 +118,9 @@ def _compare(
 ) -> Parity:
     consumer.eval()
     live.eval()
-    ours_TV = _in_fp32(live, prompts)
+    ours_TV = torch.cat([_given(live, one) for one in _in_fp32(live, prompts)])
     theirs_TV = torch.cat(
-        [consumer(torch.from_numpy(ids.astype(np.int64))[None]).logits[0] for ids in prompts]
+        [_logits(consumer(torch.from_numpy(ids.astype(np.int64))[None])) for ids in prompts]
     ).float()
     difference_TV = ours_TV - theirs_TV
     log_p_TV, log_q_TV = ours_TV.log_softmax(-1), theirs_TV.log_softmax(-1)
@@ -125,13 +136,27 @@ def _compare(
     )
 
 
-def _in_fp32(live: LlamaForCausalLM, prompts: list[np.ndarray]) -> Tensor:
+def _logits(output: Any) -> Tensor:
+    """Logits by position, of what a model of transformers gives; of a class, at one position."""
+    if "start_logits" in output:
+        return torch.stack([output.start_logits[0], output.end_logits[0]], dim=-1)
+    logits: Tensor = output.logits[0]
+    return logits if logits.ndim == 2 else logits[None]
+
+
+def _given(live: Model, logits_TC: Tensor) -> Tensor:
+    """The positions that transformers gives: of a classifier of texts the last one."""
+    of_texts = auto_class(live) == "AutoModelForSequenceClassification"
+    return logits_TC[-1:] if of_texts else logits_TC
+
+
+def _in_fp32(live: Model, prompts: list[np.ndarray]) -> list[Tensor]:
     """Logits of the live model on the CPU, computed in fp32 whatever it was trained in."""
     before = live.model.compute_dtype
     live.model.compute_dtype = torch.float32
     try:
         documents = [_Tokens(ids) for ids in prompts]
-        return torch.cat([live(Pack.from_documents([d]).to(live.device)).cpu() for d in documents])
+        return [live(Pack.from_documents([d]).to(live.device)).cpu() for d in documents]
     finally:
         live.model.compute_dtype = before
 

@@ -27,7 +27,12 @@ Weight = nn.Parameter | FrozenWeight
 
 
 class CausalLMHead(Linear):
-    """Next-token logits, and their cross-entropy on labelled positions only."""
+    """Next-token logits, and their cross-entropy on labelled positions only.
+
+    label_smoothing: share of a target's probability that goes to all of the vocabulary, in training
+    (Szegedy et al., 2016; torch's `cross_entropy`)."""
+
+    label_smoothing = 0.0
 
     def loss(
         self, hidden_NE: Tensor, pack: Pack, tile_labels: int = TILE_LABELS
@@ -45,6 +50,7 @@ class CausalLMHead(Linear):
             pack.label_target_N,
             pack.label_weight_N,
             tile_labels,
+            self.label_smoothing,
         )
         return total, pack.label_weight_N.sum()
 
@@ -84,7 +90,9 @@ def _vocabulary_tiles(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[slic
         yield rows, whole[rows]
 
 
-def _softmax(hidden_CE: Tensor, weight: Weight, target_C: Tensor) -> tuple[Tensor, Tensor]:
+def _softmax(
+    hidden_CE: Tensor, weight: Weight, target_C: Tensor, smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """softmax_VC in fp32, made in place of the logits, and loss_C.
 
     The vocabulary comes first, so that each tile of the head writes memory of its own.
@@ -96,6 +104,8 @@ def _softmax(hidden_CE: Tensor, weight: Weight, target_C: Tensor) -> tuple[Tenso
         else:
             logits_VC[rows] = w @ hidden_CE.t()
     target_1C = logits_VC.gather(0, target_C[None])
+    if smoothing:
+        target_1C = target_1C.lerp(logits_VC.mean(dim=0, keepdim=True), smoothing)
     largest_1C = logits_VC.amax(dim=0, keepdim=True)
     softmax_VC = logits_VC.sub_(largest_1C).exp_()
     sum_1C = softmax_VC.sum(dim=0, keepdim=True)
@@ -120,18 +130,21 @@ class _TiledCrossEntropy(torch.autograd.Function):
         target_N: Tensor,
         weight_N: Tensor,
         tile_labels: int,
+        smoothing: float,
     ) -> Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_NE = torch.empty_like(hidden_NE) if wants_hidden else None
         grad_VE = torch.zeros_like(weight) if wants_weight else None  # type: ignore[arg-type]
         total = torch.zeros((), dtype=torch.float32, device=hidden_NE.device)
         for rows in _label_tiles(len(target_N), tile_labels):
-            softmax_VC, loss_C = _softmax(hidden_NE[rows], weight, target_N[rows])
+            softmax_VC, loss_C = _softmax(hidden_NE[rows], weight, target_N[rows], smoothing)
             total += (loss_C * weight_N[rows]).sum()
             if grad_NE is None and grad_VE is None:
                 continue
-            one_1C = torch.ones_like(softmax_VC[:1])
+            one_1C = torch.full_like(softmax_VC[:1], 1 - smoothing)
             grad_VC = softmax_VC.scatter_add_(0, target_N[None, rows], -one_1C)
+            if smoothing:
+                grad_VC.sub_(smoothing / len(grad_VC))
             grad_VC.mul_(weight_N[rows])
             if grad_NE is not None:
                 grad_NE[rows] = _back_to_hidden(grad_VC, weight, hidden_NE.dtype)
@@ -147,6 +160,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
         return (
             None if grad_NE is None else grad_NE * scale.to(grad_NE.dtype),
             None if grad_VE is None else grad_VE * scale,
+            None,
             None,
             None,
             None,

@@ -28,6 +28,7 @@ from llamaweft.model.pack import Pack
 from llamaweft.model.presets import LlamaConfig
 from llamaweft.model.replay import KEEPABLE, Segment, Tape, recorded
 from llamaweft.model.swiglu import swiglu
+from llamaweft.model.task_heads import TaskHead
 from llamaweft.weights.linear import Embedding, Linear
 from llamaweft.weights.stream import Resident, Stream
 
@@ -140,7 +141,8 @@ class Memory:
 class LlamaModel(nn.Module):
     """Token ids and positions in, the last hidden state out.
 
-    compute_dtype: dtype of activations and products. memory: what is kept for the backward pass.
+    neftune_noise_alpha: of the noise on embeddings in training (Jain et al., 2023). compute_dtype:
+    dtype of activations and products. memory: what is kept for the backward pass.
     stream: brings the frozen weights of the next layer (weights/stream.py).
     """
 
@@ -148,6 +150,7 @@ class LlamaModel(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
+        self.neftune_noise_alpha: float | None = None
         self.memory = Memory.all_kept(config.num_hidden_layers)
         self.stream: Stream = Resident()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
@@ -176,6 +179,13 @@ class LlamaModel(nn.Module):
             x_TE = layer.mlp_segment(x_TE, Tape())
         return self.norm(x_TE)
 
+    @staticmethod
+    def _noise(x_TE: Tensor, pack: Pack, alpha: float) -> Tensor:
+        """Uniform within alpha / sqrt(L E) of 0, for each document of L tokens."""
+        lengths_T = torch.tensor(pack.lengths, device=x_TE.device)[pack.segment_T]
+        widest_T1 = alpha / (lengths_T * x_TE.shape[1]).float().sqrt()[:, None]
+        return torch.empty_like(x_TE).uniform_(-1, 1) * widest_T1.to(x_TE.dtype)
+
     def train_forward(self, pack: Pack, rows_R: Tensor) -> Tensor:
         """h_RE of the rows that have a label, each layer in segments that keep what `memory` says.
 
@@ -183,6 +193,8 @@ class LlamaModel(nn.Module):
         Layers below the lowest trained one are not part of the backward pass.
         """
         x_TE, rope = self._begin(pack.ids_T, pack.positions_T)
+        if self.neftune_noise_alpha is not None and self.training:
+            x_TE = x_TE + self._noise(x_TE, pack, self.neftune_noise_alpha)
         attend, last = PackAttention(pack), len(self.layers) - 1
         for index, layer in enumerate(self.decoders):
             self.stream.before(index, 1)
@@ -268,6 +280,88 @@ class LlamaForCausalLM(nn.Module):
     def forward(self, pack: Pack) -> Tensor:
         """Logits_TV of every position, in fp32: for comparing, not for training."""
         return self.lm_head(self.hidden(pack)).float()
+
+
+class LlamaWithHead(nn.Module):
+    """The model with a head of few outputs (task_heads.py), under the names that transformers has
+    for both."""
+
+    def __init__(self, causal: LlamaForCausalLM, head: TaskHead) -> None:
+        super().__init__()
+        self.config, self.head_config = causal.config, head.config
+        self._hold(causal.model)
+        self.add_module(head.config.name, head)
+
+    def _hold(self, model: LlamaModel) -> None:
+        self.model = model
+
+    @property
+    def modules_to_save(self) -> tuple[str, ...]:
+        """peft's name for what an adapter folder holds whole."""
+        return (self.head_config.name,)
+
+    @property
+    def peft_task(self) -> str:
+        return self.head_config.peft_task
+
+    @property
+    def head(self) -> TaskHead:
+        return cast(TaskHead, getattr(self, self.head_config.name))
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.norm.weight.device
+
+    def loss(self, pack: Pack) -> tuple[Tensor, Tensor]:
+        """Weighted sum of the losses of the pack's labels, and the sum of their weights."""
+        if self.head.reads_all:
+            rows_R = torch.arange(pack.tokens, device=self.device)
+            read = self.head(self.model.train_forward(pack, rows_R))
+        else:
+            rows_R, place_N = pack.label_position_N.unique(return_inverse=True)
+            read = self.head(self.model.train_forward(pack, rows_R)[place_N])
+        losses_N = self.head.label_losses(read, pack) * pack.label_weight_N
+        return losses_N.sum(), pack.label_weight_N.sum()
+
+    @torch.no_grad()
+    def read(self, pack: Pack) -> list[tuple[Tensor, tuple[float, float]]]:
+        """For each document: logits at its labels (logits_TC of its tokens where the head reads
+        them all), and its summed loss with the weight."""
+        hidden_TE = self.model(pack.ids_T, pack.positions_T, PackAttention(pack))
+        whole = self.head.reads_all
+        logits = self.head(hidden_TE if whole else hidden_TE[pack.label_position_N])
+        losses_N = self.head.label_losses(logits, pack) * pack.label_weight_N
+        found = []
+        for document in range(int(pack.label_sequence_N.max()) + 1):
+            own_N = pack.label_sequence_N == document
+            at = pack.segment_T == document if whole else own_N  # without sharing, one segment each
+            weight = float(pack.label_weight_N[own_N].sum())
+            found.append((logits[at], (float(losses_N[own_N].sum()), weight)))
+        return found
+
+    def forward(self, pack: Pack) -> Tensor:
+        """Logits_TC of every position, in fp32: for comparing, not for training."""
+        return self.head(self.model(pack.ids_T, pack.positions_T, PackAttention(pack)))
+
+
+class LlamaForQuestionAnswering(LlamaWithHead):
+    """Where an answer begins and ends; transformers calls the model `transformer` here."""
+
+    def _hold(self, model: LlamaModel) -> None:
+        self.transformer = model
+
+    @property
+    def model(self) -> LlamaModel:  # type: ignore[override]
+        return self.transformer
+
+
+def with_head(causal: LlamaForCausalLM, head: TaskHead) -> LlamaWithHead:
+    """The model of a causal one under another head."""
+    answers = head.config.task == "question_answering"
+    return LlamaForQuestionAnswering(causal, head) if answers else LlamaWithHead(causal, head)
+
+
+Model = LlamaForCausalLM | LlamaWithHead
 
 
 def empty_causal_lm(config: LlamaConfig) -> LlamaForCausalLM:

@@ -95,7 +95,7 @@ def _frozen_causal_lm(
     return model
 
 
-def copy_weights(folder: Path, model: LlamaForCausalLM) -> None:
+def copy_weights(folder: Path, model: nn.Module) -> None:
     """Fill a model's trained weights from a Hugging Face folder."""
     with torch.no_grad():
         for tensor in tensor_files(folder):

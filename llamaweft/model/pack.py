@@ -26,7 +26,8 @@ from llamaweft.prefixes import prefix_tree, unshared
 
 
 class DocumentLike(Protocol):
-    """What a pack is made of: token ids, and how much each token counts as a target."""
+    """What a pack is made of: token ids, and how much each token counts as a target. One with
+    `labels` (position, target, weight) is for a head that reads it there; -1 is the last token."""
 
     @property
     def ids(self) -> np.ndarray: ...
@@ -43,7 +44,7 @@ class Pack:
     segment_T (int64): the segment of each token; segments are contiguous and numbered in order.
     parent_S (int64): the parent of each segment, always an earlier one, or -1.
     label_position_N (int64): the index into T whose output predicts the target.
-    label_target_N (int64), label_weight_N (float32): the target token and its weight.
+    label_target_N (int64; float32 for a head), label_weight_N (float32): the target and its weight.
     label_sequence_N (int64): the document that a label belongs to.
     document_tokens: tokens of the documents as they were given.
     """
@@ -71,6 +72,13 @@ class Pack:
         position, target, weight, sequence = [], [], [], []
         for index, document in enumerate(documents):
             places = tree.places(index)
+            labels = getattr(document, "labels", None)
+            if labels is not None:
+                position.append(places[labels["position"]])
+                target.append(labels["target"])
+                weight.append(labels["weight"])
+                sequence.append(np.full(len(labels), index))
+                continue
             trained = np.flatnonzero(document.weights[1:]) + 1
             position.append(places[trained - 1])
             target.append(document.ids[trained])
@@ -82,7 +90,7 @@ class Pack:
             segment_T=_int64(np.repeat(np.arange(len(sizes)), sizes)),
             parent_S=torch.tensor([run.parent for run in tree.runs], dtype=torch.int64),
             label_position_N=_int64(np.concatenate(position)),
-            label_target_N=_int64(np.concatenate(target)),
+            label_target_N=_targets(np.concatenate(target)),
             label_weight_N=torch.from_numpy(np.concatenate(weight).astype(np.float32)),
             label_sequence_N=_int64(np.concatenate(sequence)),
             document_tokens=sum(len(i) for i in ids),
@@ -121,6 +129,10 @@ class Pack:
             n: v.to(device) if isinstance(v, Tensor) else v for n, v in held.items()
         }
         return Pack(**moved)
+
+
+def _targets(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values) if values.dtype == np.float32 else _int64(values)
 
 
 def _int64(values: np.ndarray) -> Tensor:

@@ -3,7 +3,8 @@
 A layer is two segments, attention and MLP. In the forward pass a segment runs without autograd and
 keeps its input and the outputs that the Schedule names. In the backward pass it runs again with
 autograd; a product whose output was kept hands that on (weights/linear.py), so that only what was
-not kept is computed twice. The last product of a segment never is: nothing needs its output again.
+not kept is computed twice. The last product of a segment is not: nothing needs its output again,
+unless its own gradient does (DoRA), and then it may be kept too.
 Kept or computed again, the numbers are the same bits.
 
 The idea is that of selective activation recomputation (Korthikanti et al., 2022).
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor
 
 KEEPABLE = ("q_proj", "k_proj", "v_proj", "attention", "mid", "gate_proj", "up_proj")
-"""Outputs that a Schedule may keep. `mid` is the hidden state between the two segments."""
+"""Outputs that a Schedule may keep, and with DoRA `o_proj` and `down_proj` too. `mid` is the hidden
+state between the two segments."""
 
 
 class Tape:
@@ -41,7 +43,7 @@ class Tape:
     def product(self, name: str, layer: Any, x_TI: Tensor) -> Tensor:
         """layer(x), kept or given back."""
         if self.again:
-            if name == self.final:
+            if name == self.final and not layer.gradient_needs_output:
                 # One number, seen as many: only the gradient of this output is used.
                 nothing = x_TI.new_zeros(1).expand(len(x_TI), layer.out_features)
                 return layer(x_TI, given=nothing)

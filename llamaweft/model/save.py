@@ -25,16 +25,17 @@ def write_model(
     *,
     dtype: torch.dtype,
     stop_ids: Iterable[int] = (),
+    more: dict[str, Any] | None = None,
 ) -> None:
     """Write config, weights, generation config and tokenizer into an existing folder.
 
     tensors: name and value, taken one at a time. dtype: what they are written in.
-    stop_ids: tokens that end an answer. Raises OSError.
+    stop_ids: tokens that end an answer. more: further keys of config.json. Raises OSError.
     """
     # transformers 4 reads torch_dtype, 5 dtype.
     name = str(dtype).removeprefix("torch.")
     names = {"torch_dtype": name, "dtype": name}
-    write_description(folder, config, save_tokenizer, stop_ids, names)
+    write_description(folder, config, save_tokenizer, stop_ids, names | (more or {}))
     _write_shards(folder, ((key, tensor.to(dtype)) for key, tensor in tensors))
 
 
@@ -43,7 +44,7 @@ def write_description(
     config: LlamaConfig,
     save_tokenizer: Callable[[Path], Any],
     stop_ids: Iterable[int],
-    more: dict[str, str] | None = None,
+    more: dict[str, Any] | None = None,
 ) -> None:
     """Everything of a model folder but its weights. more: further keys of config.json."""
     _write_json(folder / "config.json", config.to_dict() | (more or {}))

@@ -21,7 +21,12 @@ def key_value_weights(config: LlamaConfig) -> int:
 
 
 def training_flops(
-    config: LlamaConfig, computed_tokens: int, labels: int, *, frozen_base: bool
+    config: LlamaConfig,
+    computed_tokens: int,
+    labels: int,
+    *,
+    frozen_base: bool,
+    outputs: int | None = None,
 ) -> float:
     """FLOPs of the base matmuls that one step needs, and no more.
 
@@ -29,13 +34,13 @@ def training_flops(
     the weight once. The last layer counts for labelled rows, but for its keys and values; the head
     counts for labels. With a frozen base no gradient goes into the embeddings, so the lowest
     layer's queries, keys and values need none. Attention itself, adapters and recomputation do not
-    count. All layers are taken as adapted.
+    count. All layers are taken as adapted. outputs: of the head; None: the vocabulary.
     """
     layers, tokens = config.num_hidden_layers, computed_tokens
     rows = min(labels, tokens)
     whole, keys = layer_weights(config), key_value_weights(config)
     forward = (layers - 1) * whole * tokens + keys * tokens + (whole - keys) * rows
-    head = config.vocab_size * config.hidden_size * labels
+    head = (outputs or config.vocab_size) * config.hidden_size * labels
     products = 2 if frozen_base else 3
     count = products * (forward + head)
     if frozen_base:

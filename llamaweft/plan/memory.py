@@ -31,6 +31,10 @@ their scores are alive at once, those that the C library still holds included.""
 TILE_NUMBERS, TILE_BYTES = 512, 4 * 2**20
 """Rows or columns of a frozen matrix that are decoded at once, or as many as have so many bytes."""
 
+NORM_BYTES = 12
+"""What a frozen matrix keeps for each output where that has a magnitude: its row's squared norm in
+fp64, and the norm with the adapter in fp32."""
+
 FRAGMENT_SHARE = 8
 """Fragments that the C library holds on to are this part of what is taken and freed, or less."""
 
@@ -46,6 +50,8 @@ LINEARS = {
 """Input and output of each linear layer."""
 
 KEEPABLE = {
+    "down_proj": ("down_proj", "hidden"),
+    "o_proj": ("o_proj", "hidden"),
     "mid": ("o_proj", "hidden"),
     "q_proj": ("q_proj", "queries"),
     "k_proj": ("k_proj", "keys"),
@@ -57,6 +63,9 @@ KEEPABLE = {
 """What a layer may keep: the product that is then not computed again, and the width that is held
 (model/replay.py). In the order in which a budget is spent: attention's own arithmetic is small."""
 
+KEPT_FOR_MAGNITUDES = ("down_proj", "o_proj")
+"""Outputs that only the gradient of a magnitude needs."""
+
 OF_ALL_TOKENS = ("k_proj", "v_proj")
 """What the last layer computes for every token."""
 
@@ -66,7 +75,8 @@ class Workload:
     """What decides the memory of a run.
 
     pack_tokens: tokens of the largest pack. labels: trained tokens in it, at most.
-    rank: LoRA's r, or None for full fine-tuning. targets: adapted linear layers.
+    rank: LoRA's r, or None for full fine-tuning. targets: adapted linear layers. magnitudes:
+    whether each has a trained magnitude, and needs its output in the backward pass (DoRA).
     weight_bytes: of the frozen weights, where they take memory of the kind that is counted.
     compute_bytes, kept_bytes: of a number as it is computed with, and as it is kept.
     optimizer_bytes: of the optimizer's state, for each trained number.
@@ -74,6 +84,7 @@ class Workload:
     library holds on to, at most.
     keeps_attention: whether attention's output can be kept; on a GPU it is computed again.
     accumulates: whether gradients of one pack are held while another is computed.
+    head_outputs: of a head that is the task's own, and trained; None: the vocabulary.
     """
 
     config: LlamaConfig
@@ -89,11 +100,28 @@ class Workload:
     fragment_bytes: int = 0
     keeps_attention: bool = True
     accumulates: bool = True
+    magnitudes: bool = False
+    head_outputs: int | None = None
+
+    @property
+    def outputs(self) -> int:
+        """What the head says at a label: the vocabulary, or what the task has."""
+        return self.config.vocab_size if self.head_outputs is None else self.head_outputs
 
     @property
     def keepable(self) -> tuple[str, ...]:
-        """What a layer may keep, in the order in which a budget is spent."""
-        return tuple(n for n in KEEPABLE if n != "attention" or self.keeps_attention)
+        """What a layer may keep, in the order in which a budget is spent. Where the output of
+        o_proj is kept, that of the segment behind it spares nothing more."""
+        unused = {n for n in KEPT_FOR_MAGNITUDES if not self.needs_output(n)}
+        if "o_proj" not in unused:
+            unused.add("mid")
+        if not self.keeps_attention:
+            unused.add("attention")
+        return tuple(n for n in KEEPABLE if n not in unused)
+
+    def needs_output(self, linear: str) -> bool:
+        """Whether the backward pass needs the output of this linear layer for its magnitude."""
+        return self.magnitudes and linear in self.targets
 
 
 @dataclass(frozen=True)
@@ -166,7 +194,7 @@ def schedule(
 ) -> Schedule:
     """The bytes by part when each layer keeps what `keep` says; loss_tile_labels: None for few."""
     if loss_tile_labels is None:
-        most = LOGIT_BYTES // (4 * work.config.vocab_size)
+        most = LOGIT_BYTES // (4 * work.outputs)
         loss_tile_labels = max(1, min(LEAST_LABELS, most))
     trained = trained_parameter_count(work)
     layers = work.config.num_hidden_layers
@@ -176,7 +204,7 @@ def schedule(
     fragments = min(work.fragment_bytes, (inputs + kept + workspace) // FRAGMENT_SHARE)
     parts = {
         "runtime": work.runtime_bytes + fragments,
-        "weights": work.weight_bytes,
+        "weights": work.weight_bytes + NORM_BYTES * magnitude_count(work),
         "trained": 4 * trained,
         "gradients": _gradient_bytes(work, inputs + kept),
         "optimizer": round(work.optimizer_bytes * trained),
@@ -197,11 +225,16 @@ def _gradient_bytes(work: Workload, activations: int) -> int:
 
 def trained_parameter_count(work: Workload) -> int:
     """Numbers that are trained: the adapter's, or all of the model's."""
-    return parameter_count(work.config) if work.rank is None else adapter_parameters(work)
+    trained = parameter_count(work.config) if work.rank is None else adapter_parameters(work)
+    if work.head_outputs is None:
+        return trained
+    if work.rank is None and not work.config.tie_word_embeddings:
+        trained -= work.config.vocab_size * work.config.hidden_size  # the head that it had
+    return trained + work.head_outputs * work.config.hidden_size
 
 
 def adapter_parameters(work: Workload) -> int:
-    """Numbers in lora_A and lora_B of every adapted layer."""
+    """Numbers in lora_A, lora_B and the magnitudes of every adapted layer."""
     assert work.rank is not None
     size = sizes(work.config)
     per_layer = sum(
@@ -209,7 +242,14 @@ def adapter_parameters(work: Workload) -> int:
         for name, (source, target) in LINEARS.items()
         if name in work.targets
     )
-    return work.config.num_hidden_layers * work.rank * per_layer
+    return work.config.num_hidden_layers * work.rank * per_layer + magnitude_count(work)
+
+
+def magnitude_count(work: Workload) -> int:
+    """Magnitudes of all adapted layers: one for each output."""
+    size = sizes(work.config)
+    outputs = sum(size[out] for name, (_, out) in LINEARS.items() if work.needs_output(name))
+    return work.config.num_hidden_layers * outputs
 
 
 def kept_bytes(work: Workload, name: str, layer: int) -> int:
@@ -236,9 +276,11 @@ def layer_multiplications(work: Workload, layer: int) -> int:
 
 def recomputed_multiplications(work: Workload, kept: tuple[str, ...], layer: int) -> int:
     """Those that the backward pass does again. The last product of each segment never is, unless
-    the hidden state between the segments was not kept."""
+    the hidden state between the segments was not kept, or the product has a magnitude."""
     size = sizes(work.config)
-    spared = {KEEPABLE[name][0] for name in kept} | {"down_proj"}
+    spared = {KEEPABLE[name][0] for name in kept}
+    if not work.needs_output("down_proj"):
+        spared.add("down_proj")
     return sum(
         _rows(work, n, layer) * size[a] * size[b]
         for n, (a, b) in LINEARS.items()
@@ -258,17 +300,20 @@ def workspace_bytes(work: Workload, keep: list[tuple[str, ...]], loss_tile_label
     if any("mid" not in names for names in keep):
         mlp += tokens * (2 * queries + 2 * keys + 2 * hidden)
     attention = tokens * (6 * hidden + 4 * queries + 4 * keys)
+    if work.magnitudes:  # outputs that stay until their gradient, and one scaled gradient
+        mlp += tile * (inner + hidden)
+        attention += tokens * (queries + 2 * keys + hidden + max(queries, hidden))
     queries_at_once, keys_at_once = ATTENTION_BLOCK
     scores = work.config.num_attention_heads * queries_at_once * min(tokens, keys_at_once) * 4
     blocks = ATTENTION_BUFFERS * scores
     layer = max(mlp * work.compute_bytes, attention * work.compute_bytes + blocks)
-    logits = 4 * work.config.vocab_size * min(work.labels, loss_tile_labels)
+    logits = 4 * work.outputs * min(work.labels, loss_tile_labels)
     head = logits + 3 * work.labels * hidden * work.compute_bytes
     decoded = max(TILE_NUMBERS * max(inner, 2 * hidden) * 4, 2 * TILE_BYTES)
     trained_head = 0
     if work.rank is None:
         cast = work.compute_bytes if work.compute_bytes != 4 else 0
-        trained_head = work.config.vocab_size * hidden * (4 + cast)
+        trained_head = work.outputs * hidden * (4 + cast)
         decoded = 3 * inner * hidden * work.compute_bytes
     return max(layer, head + trained_head) + decoded
 

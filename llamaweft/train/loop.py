@@ -37,7 +37,7 @@ from llamaweft.train.optim import (
 )
 from llamaweft.train.schedule import LearningRate
 
-LOWER_IS_BETTER = ("loss", "perplexity")
+LOWER_IS_BETTER = ("loss", "perplexity", "mae")
 FINISHED, EARLY_STOPPING, OUT_OF_TIME = "finished", "early_stopping", "max_seconds"
 
 

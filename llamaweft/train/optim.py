@@ -6,15 +6,21 @@ Parameters are fp32 masters, updated in place.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from llamaweft.errors import UserError
 
 ADAMW, ADAMW_8BIT = "adamw", "adamw_8bit"
 """The values of `training.optimizer`."""
+
+RATIO = "lr_ratio"
+"""What a group of parameters multiplies the learning rate by."""
 
 _BLOCK = 256
 """Elements of an 8-bit moment that share one fp32 scale, bitsandbytes' `absmax`."""
@@ -53,29 +59,39 @@ def build_optimizer(
     weight_decay: float,
     betas: tuple[float, float],
     eps: float,
+    rate_ratios: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter, 2019). Matrices decay, vectors do not.
+
+    rate_ratios: how many times the learning rate a parameter learns with, by its name; 1 where it
+    is not named. Each step raises the version counters of the parameters, which fused kernels
+    leave as they are: what is computed from parameters and held (adapters/lora.py) goes by them.
 
     adamw: moments in fp32, torch's fused kernel. adamw_8bit: moments in 8 bit, each block with a
     scale of its own (Dettmers et al., 2022), bitsandbytes' kernel.
     """
-    matrices = [p for p in parameters.values() if p.ndim >= 2]
-    vectors = [p for p in parameters.values() if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+    alike: dict[tuple[bool, float], list[nn.Parameter]] = defaultdict(list)
+    for key, parameter in parameters.items():
+        alike[parameter.ndim < 2, (rate_ratios or {}).get(key, 1.0)].append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": alike[kind], "weight_decay": 0.0 if kind[0] else weight_decay, RATIO: kind[1]}
+        for kind in sorted(alike)  # matrices first
     ]
-    groups = [group for group in groups if group["params"]]
+    optimizer: torch.optim.Optimizer
     if name == ADAMW_8BIT:
         from bitsandbytes.optim import AdamW8bit  # optional, and slow to import
 
-        return AdamW8bit(groups, betas=betas, eps=eps)
-    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
+        optimizer = AdamW8bit(groups, betas=betas, eps=eps)
+    else:
+        optimizer = torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
+    optimizer.register_step_post_hook(lambda *_: increment_version(list(parameters.values())))
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """`rate`, times the ratio of each group."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get(RATIO, 1.0)
 
 
 def optimizer_state(

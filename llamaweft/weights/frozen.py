@@ -139,6 +139,21 @@ class FrozenWeight:
         kernel(self._arrays, r0, c0 // BLOCK, target.numpy())
         return out
 
+    def row_squares(self) -> Tensor:
+        """||w_o||^2 of every row in fp64, decoded in tiles of rows; whole on a GPU."""
+        tile = tile_size(self.shape[1], torch.float32)
+        if self.device.type != "cpu":
+            tiles = list(self.dequantised().split(tile))
+            return torch.cat([_squares(rows_NI) for rows_NI in tiles])
+        starts = range(0, self.shape[0], tile)
+        ends = [min(start + tile, self.shape[0]) for start in starts]
+        return torch.cat(
+            [
+                _squares(self.rows(start, stop, torch.float32))
+                for start, stop in zip(starts, ends, strict=True)
+            ]
+        )
+
     def gather(self, index_N: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows w[index], decoded alone: what an embedding needs."""
         parts = self.parts
@@ -189,6 +204,10 @@ class FrozenWeight:
             stop = min(start + tile, inputs)
             torch.mm(g_TO, self.columns(start, stop, g_TO.dtype), out=g_TI[:, start:stop])
         return g_TI
+
+
+def _squares(rows_NI: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows_NI, dim=1, dtype=torch.float64).square()
 
 
 def encode(codec: str, w_OI: Tensor) -> dict[str, Tensor]:

@@ -45,6 +45,9 @@ class Linear(_Held):
     tile, so that no copy of it is ever whole.
     """
 
+    gradient_needs_output = False
+    """Whether its gradient is computed from its output (model/replay.py)."""
+
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features

@@ -58,8 +58,14 @@ def test_a_dump_makes_local_paths_absolute(tmp_path: Path, monkeypatch: pytest.M
         (MINIMAL + "training: {compute_dtype: fp8}\n", ["line 3", "training.compute_dtype", "fp16"]),
         (MINIMAL + "base_weights: fp16\n", ["line 3", "base_weights", "bf16"]),
         (MINIMAL + "training: {max_steps: 0}\n", ["line 3", "training.max_steps", "greater than or equal to 1"]),
-        (MINIMAL + "evaluation:\n  metrics: [loss, bleurt]\n", ["line 4", "evaluation.metrics.1", "exact_match"]),
+        (MINIMAL + "evaluation:\n  metrics: [loss, bleurt]\n", ["line 4", "evaluation.metrics.1", "unknown metric 'bleurt'; did you mean 'bleu'?", "exact_match"]),
+        (MINIMAL + "evaluation:\n  metrics: ['my package:f']\n", ["line 4", "evaluation.metrics.0", "package.module:function"]),
+        (MINIMAL + "evaluation: {metrics: [3]}\n", ["evaluation.metrics.0", "string"]),
         (MINIMAL + "adapter: {method: none, r: 8}\n", ["full fine-tuning", "adapter.r"]),
+        (MINIMAL + "adapter: {method: none, init_from: a}\n", ["adapter.init_from"]),
+        (MINIMAL + "adapter: {method: none, loraplus_lr_ratio: 4}\n", ["adapter.loraplus_lr_"]),
+        (MINIMAL + "adapter: {loraplus_lr_ratio: 0.5}\n", ["adapter.loraplus_lr_ratio", "0.5"]),
+        (MINIMAL + "adapter: {method: dora, lora_dropout: 0.1}\n", ["line", "lora_dropout: 0"]),
         (MINIMAL + "adapter: {method: none}\nbase_weights: bf16\n", ["base_weights", "fp32"]),
         ("model: m\ndata: {train: []}\n", ["line 2", "data.train"]),
         ("model: m\ndata: {train: [{pth: x}]}\n", ["line 2", "data.train.0.pth", "data.train.path"]),
@@ -75,6 +81,12 @@ def test_a_mistake_is_named_with_its_line(text: str, words: list[str], tmp_path:
         load(text, tmp_path)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_users_own_metric_is_accepted_and_dumped(tmp_path: Path) -> None:
+    recipe = load(MINIMAL, tmp_path, "evaluation.metrics=[rougeL, 'pack.module:metric']")
+    assert recipe.evaluation.metrics == ["rougeL", "pack.module:metric"]
+    assert Recipe.load_text(recipe.dump()) == recipe
 
 
 def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
-from llamaweft.evaluate.metrics import exact_match, f1, field_f1, json_valid, summarise
+from llamaweft.errors import UserError
+from llamaweft.evaluate.bootstrap import summarise
+from llamaweft.evaluate.curves import lower_is_better
+from llamaweft.evaluate.metrics import (
+    answer_metric,
+    exact_match,
+    f1,
+    field_f1,
+    json_valid,
+    score_of,
+)
+from llamaweft.settings import ANSWERS, METRICS
 
 
 @pytest.mark.parametrize(
@@ -44,16 +54,16 @@ def test_json_valid() -> None:
     assert json_valid("3", "") == (0, 1)
 
 
-def test_a_ratio_is_summed_before_it_is_divided() -> None:
-    value = summarise([(1.0, 1.0), (0.0, 3.0)])
-    assert value.value == 0.25
-    assert value.low <= 0.25 <= value.high
-    assert value.count == 2
+def test_every_metric_a_recipe_may_name_is_there() -> None:
+    for name in ANSWERS:
+        metric = answer_metric(name)
+        rows = [metric.row("a red lamp is on the table", "a red lamp is on a table")] * 2
+        assert 0 <= summarise(rows, metric.score).value <= 1
+    assert all(callable(score_of(name)) for name in METRICS)
+    with pytest.raises(UserError, match="accuracy does not compare generated answers"):
+        answer_metric("accuracy")
 
 
-def test_the_interval_is_that_of_the_bootstrap() -> None:
-    # For a share p of n rows the normal approximation gives p +- 1.96 sqrt(p (1 - p) / n).
-    value = summarise([(1.0, 1.0)] * 300 + [(0.0, 1.0)] * 100)
-    half = 1.96 * (0.75 * 0.25 / 400) ** 0.5
-    assert (value.low, value.high) == pytest.approx((0.75 - half, 0.75 + half), abs=0.006)
-    assert summarise([(np.log(4), 1.0)] * 5, np.exp).value == pytest.approx(4)
+def test_the_direction_of_metrics() -> None:
+    assert [name for name in METRICS if lower_is_better(name)] == ["loss", "perplexity", "mae"]
+    assert not lower_is_better("my_package:loss")

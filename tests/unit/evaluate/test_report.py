@@ -13,6 +13,7 @@ from html_page import WellFormed
 from llamaweft.evaluate import curves
 from llamaweft.evaluate.report import ReportInput, differences, metric_table, write_report
 from llamaweft.evaluate.report_markdown import escape, fenced, table
+from llamaweft.evaluate.report_metrics import compare_metrics
 
 EVIL = "<script>alert(1)</script></td></table></pre>\"'> & | `x` ``` ![i](u) **b**\n| a | b |"
 
@@ -38,12 +39,17 @@ def measured(value, low=None, high=None, count=300):
     return {"value": value, "count": count} | interval
 
 
-def compared(name, before, after):
+def compared(name, before, after, test=None):
+    tested = {} if test is None else {"difference": {name: test}}
     return {
         "name": "validation",
         "before": {"metrics": {name: before}},
         "after": after and {"metrics": {name: after}},
-    }
+    } | tested
+
+
+def difference(value, low, high, verdict):
+    return {"value": value, "low": low, "high": high, "verdict": verdict}
 
 
 def train_record(step, **changes):
@@ -93,7 +99,12 @@ def full_run(**changes):
             {"kind": "validation", "step": 50, "loss": 0.5, "exact_match": 0.25},
         ],
         evaluations=[
-            compared("exact_match", measured(0.01, 0.0, 0.03), measured(0.8, 0.75, 0.85))
+            compared(
+                "exact_match",
+                measured(0.01, 0.0, 0.03),
+                measured(0.8, 0.75, 0.85),
+                difference(0.79, 0.74, 0.84, "better"),
+            )
             | {
                 "examples": [
                     {
@@ -135,36 +146,59 @@ def all_rows(markdown):
 # --- verdicts
 
 
-@pytest.mark.parametrize(
-    ("name", "before", "after", "verdict"),
-    [
-        ("exact_match", (0.1, 0.0, 0.2), (0.5, 0.3, 0.6), "better"),
-        ("exact_match", (0.5, 0.3, 0.6), (0.1, 0.0, 0.2), "worse"),
-        ("exact_match", (0.5, 0.3, 0.6), (0.2, 0.1, 0.4), "no clear difference"),
-        ("exact_match", (0.1, 0.0, 0.3), (0.5, 0.2, 0.6), "no clear difference"),
-        ("exact_match", (0.1, 0.0, 0.3), (0.5, 0.3, 0.6), "no clear difference"),
-        ("loss", (2.0, 1.9, 2.1), (1.0, 0.9, 1.1), "better"),
-        ("loss", (1.0, 0.9, 1.1), (2.0, 1.9, 2.1), "worse"),
-        ("perplexity", (9.0, 8.0, 10.0), (3.0, 2.0, 4.0), "better"),
-        ("perplexity", (9.0, 3.0, 10.0), (3.0, 2.0, 4.0), "no clear difference"),
-        ("exact_match", (0.1,), (0.9,), "no clear difference"),
-        ("loss", (float("nan"), 1.0, 2.0), (0.5, 0.4, 0.6), "no clear difference"),
-    ],
-)
-def test_verdict(name, before, after, verdict):
-    rows = metric_table(compared(name, measured(*before), measured(*after)))
-    assert [row[3] for row in rows] == [verdict]
+@pytest.mark.parametrize("verdict", ["better", "worse", "no difference shown"])
+def test_the_verdict_is_that_of_the_paired_test(verdict, tmp_path):
+    """Whatever the two intervals look like."""
+    for after in (measured(0.5, 0.3, 0.6), measured(0.11, 0.0, 0.21)):
+        test = difference(0.01, 0.001, 0.02, verdict)
+        evaluation = compared("exact_match", measured(0.1, 0.0, 0.2), after, test)
+        assert [row[3] for row in metric_table(evaluation)] == [verdict]
+        html, markdown = written(full_run(evaluations=[evaluation]), tmp_path)
+        for text in (Page(html).text, markdown):
+            assert f"(300 held-out rows): {verdict}." in text
+            assert "+1.0pp [+0.1pp, +2.0pp]" in text
+
+
+@pytest.mark.parametrize("test", [None, {}, difference(0.4, 0.3, 0.5, "much better")])
+def test_without_a_paired_test_nothing_is_called_better(test, tmp_path):
+    """An evaluation.json of an older version holds none."""
+    old = compared("exact_match", measured(0.1, 0.0, 0.2), measured(0.5, 0.3, 0.6), test)
+    assert metric_table(old) == [
+        ("exact_match", "10.0% [0.0%, 20.0%]", "50.0% [30.0%, 60.0%]", "not tested")
+    ]
+    html, markdown = written(full_run(evaluations=[old]), tmp_path)
+    for text in (Page(html).text, markdown):
+        assert "→ 50.0% [30.0%, 60.0%] (300 held-out rows): not tested." in text
 
 
 def test_shares_are_percentages_and_losses_are_numbers():
     both = compared("f1", measured(0.015, 0.0, 0.034), measured(0.8, 0.75, 0.85))
     both["before"]["metrics"]["loss"] = measured(2.41349, 2.3, 2.5)
     both["after"]["metrics"]["loss"] = measured(0.02134, 0.01, 0.03)
+    both["before"]["metrics"]["my_package:closeness"] = measured(0.5, 0.4, 0.6)
+    both["after"]["metrics"]["my_package:closeness"] = measured(0.7, 0.6, 0.8)
     both["before"]["metrics"]["accuracy"] = measured(0.5)
+    both["difference"] = {
+        "f1": difference(0.785, 0.7, 0.86, "better"),
+        "loss": difference(-2.3921, -2.5, -2.3, "better"),
+        "my_package:closeness": difference(0.2, -0.01, 0.3, "no difference shown"),
+    }
     assert metric_table(both) == [
         ("f1", "1.5% [0.0%, 3.4%]", "80.0% [75.0%, 85.0%]", "better"),
         ("loss", "2.413 [2.300, 2.500]", "0.0213 [0.0100, 0.0300]", "better"),
+        (
+            "my_package:closeness",
+            "0.500 [0.400, 0.600]",
+            "0.700 [0.600, 0.800]",
+            "no difference shown",
+        ),
         ("accuracy", "50.0%", "—", "not compared"),
+    ]
+    assert [metric["difference"] for metric in compare_metrics(both)] == [
+        "+78.5pp [+70.0pp, +86.0pp]",
+        "-2.392 [-2.500, -2.300]",
+        "+0.200 [-0.010, +0.300]",
+        "—",
     ]
 
 
@@ -182,6 +216,7 @@ def evil_run():
         "name": EVIL,
         "before": {"metrics": {EVIL: measured(0.1, 0.0, 0.2)}},
         "after": {"metrics": {EVIL: measured(0.5, 0.4, 0.6)}},
+        "difference": {EVIL: difference(0.4, 0.3, 0.5, EVIL)},
         "examples": [{"prompt": EVIL, "reference": EVIL, "before": EVIL + EVIL, "after": ""}],
     }
     finding = {"check": EVIL, "status": EVIL, "count": 1, "share": 1.0, "examples": [EVIL]}

@@ -51,6 +51,10 @@ def test_adapter_parameters_are_those_of_a_built_model(tiny_folder: Path) -> Non
         built = sum(p.numel() for p in model.parameters() if p.requires_grad)
         work = replace(WORK, config=model.config, rank=3, targets=targets)
         assert adapter_parameters(work) == built
+        model = load_causal_lm(tiny_folder, base_weights="fp32")
+        inject(model, replace(config, use_dora=True))
+        built = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert adapter_parameters(replace(work, magnitudes=True)) == built
     assert parameter_count(model.config) == sum(
         p.numel() for p in load_causal_lm(tiny_folder, base_weights=None).parameters()
     )
@@ -72,6 +76,27 @@ def test_more_memory_means_less_recomputation_and_every_schedule_fits() -> None:
     shares = [s.recomputed_share for s in found]
     assert shares == sorted(shares, reverse=True)
     assert len(set(shares)) == len(shares)
+
+
+def test_magnitudes_need_the_outputs_of_the_last_products() -> None:
+    plain, dora = WORK, replace(WORK, magnitudes=True)
+    e, f = 4096, 14336
+    assert dora.keepable == ("down_proj", "o_proj", *plain.keepable[1:])
+    free = solve(dora, None)
+    assert free.recomputed_share == 0
+    last = min(WORK.labels, WORK.pack_tokens)
+    more = 4 * e * (31 * WORK.pack_tokens + last)  # o_proj is kept in the place of mid
+    assert free.parts["activations"] - solve(plain, None).parts["activations"] == more
+    least, least_plain = schedule(dora, [()] * 32), schedule(plain, [()] * 32)
+    assert least.recomputed_share == 1 > least_plain.recomputed_share
+    outputs = 2 * e + 2 * 1024 + 2 * f + e  # q, o; k, v; gate, up; down
+    assert least.parts["trained"] - least_plain.parts["trained"] == 4 * 32 * outputs
+    assert least.parts["optimizer"] - least_plain.parts["optimizer"] == 8 * 32 * outputs
+    assert least.parts["weights"] - least_plain.parts["weights"] == 12 * 32 * outputs
+    assert least.parts["workspace"] > least_plain.parts["workspace"]
+    only = replace(dora, targets=("q_proj",))
+    assert only.keepable == plain.keepable
+    assert schedule(only, [()] * 32).recomputed_share == least_plain.recomputed_share
 
 
 def test_the_down_projection_is_never_done_again() -> None:
