@@ -1,5 +1,5 @@
-"""TF-IDF and logistic regression on the rows that a recipe of `task: sequence_classification` learns
-from, after its cleaning: what a tuned model has to beat.
+"""TF-IDF and logistic regression on the rows that a recipe of `task: sequence_classification`
+learns from, after its cleaning: what a tuned model has to beat.
 
     python examples/spam_baseline.py RECIPE      (pip install scikit-learn)
 """

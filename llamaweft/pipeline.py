@@ -71,7 +71,9 @@ class Pipeline(Pieces):
         """Measures on the held-out rows; None where nothing is held out."""
         if not len(self.data.validation):
             return None
-        return self.evaluator_on(self.data.validation, self.data.validation_documents)
+        documents = self.data.validation_documents
+        rows = self.data.validation if self.head is None else documents.examples
+        return self.evaluator_on(rows, documents)
 
     def evaluator_on(
         self,

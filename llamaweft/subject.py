@@ -50,7 +50,10 @@ class Subject:
     ) -> dict[str, Any]:
         """{"metrics", "answers", "parts"} on these rows. Raises UserError as Evaluator.check."""
         classes = None if self.pipeline.head is None else self.pipeline.data.classes
-        documents = self.pipeline.preparation.held_out(examples, classes)
+        pairs = self.pipeline.preparation.held_out(examples, classes)
+        documents = [document for _, document in pairs]
+        if self.pipeline.head is not None:
+            examples = [example for example, _ in pairs]
         evaluator = self.pipeline.evaluator_on(examples, documents, measuring)
         evaluator.check()
         return evaluator.measure(self.model, progress)

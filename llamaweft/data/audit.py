@@ -200,8 +200,14 @@ def _answer(stored: StoredRows, row: int, decode: Callable[[Sequence[int]], str]
     if document.labels is None:
         return decode(document.ids[document.weights > 0].tolist())
     seen = stored.state["classes"]
-    targets = document.labels["target"].tolist()
-    return ", ".join(class_name(seen[int(t)]) if seen else f"{t:g}" for t in targets)
+    positions, targets = (document.labels[name].tolist() for name in ("position", "target"))
+    if seen:
+        names = (class_name(seen[int(t)]) for t in targets if t >= 0)
+        return ", ".join(names) or "no class"
+    if positions[0] < 0:  # one number
+        return f"{targets[0]:g}"
+    first, last = positions  # an answer that is read off a text
+    return decode(document.ids[first : last + 1].tolist()) if last else "no answer"
 
 
 def _one_sided(answers_N: np.ndarray) -> np.ndarray:

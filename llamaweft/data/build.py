@@ -35,7 +35,7 @@ from llamaweft.errors import UserError
 from llamaweft.files import locked
 from llamaweft.runtime import cache_dir
 
-VERSION = 3
+VERSION = 4
 """Of what is kept in the cache; another one is prepared again."""
 
 CHUNK = 1024

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -47,6 +48,16 @@ class Classes:
         found["target"] = classes[given]
         return replace(document, labels=found)
 
+    def check_many(self, many: bool, where: str) -> None:
+        """Raises UserError where a row gives a list of classes, and the training rows one each, or
+        the other way round."""
+        if many != self.many:
+            one, several = ("several", "one") if many else ("one", "several")
+            raise UserError(
+                f"{where} gives {one} of its classes and the training rows {several}; write a list "
+                "in every row, or in none"
+            )
+
     @staticmethod
     def _unknown(where: str, label: str) -> UserError:
         return UserError(
@@ -55,7 +66,10 @@ class Classes:
         )
 
     def check_held_out(self, held: StoredRows, held_N: np.ndarray) -> None:
-        """Raises UserError, naming the row, for a label that no training row has."""
+        """Raises UserError, naming the row, for a label that no training row has, and where one
+        side gives lists of classes and the other does not."""
+        if len(held_N) and held.state.get("many") is not None:
+            self.check_many(held.state["many"], held.where(int(held_N[0])))
         of_store = self.of_store(held)
         if (of_store >= 0).all():
             return
@@ -95,9 +109,10 @@ def rare_rows(stored: StoredRows, rows_N: np.ndarray) -> np.ndarray:
 
 
 def find_classes(stored: StoredRows, rows_N: np.ndarray) -> Classes | None:
-    """The classes of these rows; None for a task without any."""
+    """The classes of these rows; None for a task without any. Raises UserError where no row has
+    one, and for two that read alike."""
     seen: Sequence[str] = stored.state.get("classes", [])
-    if not seen:
+    if not seen and stored.state.get("many") is None:
         return None
     counts_C = np.zeros(len(seen), np.int64)
     targets = stored.targets(rows_N).astype(np.int64)
@@ -106,4 +121,12 @@ def find_classes(stored: StoredRows, rows_N: np.ndarray) -> Classes | None:
     labels = ordered([label for label, count in zip(seen, counts_C, strict=True) if count])
     places = {label: place for place, label in enumerate(seen)}
     order = [places[label] for label in labels]
+    if not labels and len(rows_N):
+        raise UserError("no training row has a class; give at least one row a label")
+    for one, other in pairwise(sorted(labels, key=class_name)):
+        if class_name(one) == class_name(other):
+            raise UserError(
+                f"data.train gives the label {class_name(one)!r} as text and as a number or "
+                "true/false; write it alike in every row"
+            )
     return Classes(tuple(labels), counts_C[order], bool(stored.state.get("many")))

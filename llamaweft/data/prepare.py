@@ -87,20 +87,23 @@ class Preparation:
 
     def held_out(
         self, examples: Sequence[Example], classes: Classes | None = None
-    ) -> list[Document]:
-        """Documents to measure on: those with a trained token, and never an error for length.
-        classes: of the training rows. Raises UserError for a label that they lack."""
+    ) -> list[tuple[Example, Document]]:
+        """Documents to measure on, each with its row: those with a trained token, and never an
+        error for length. classes: of the training rows. Raises UserError for a label that they
+        lack."""
         policy = self.on_too_long or "truncate"
         encoder = self._new_encoder()
         documents = encoder(examples)
         if isinstance(encoder, TargetEncoder) and classes is not None:
+            if encoder.many is not None and documents:
+                classes.check_many(encoder.many, documents[0].where)
             documents = [classes.named(document, list(encoder.classes)) for document in documents]
         parts = (
-            document.part(start, stop)
-            for document in documents
+            (example, document.part(start, stop))
+            for example, document in zip(examples, documents, strict=True)
             for start, stop in pieces(len(document.ids), self.max_length_tokens, policy)
         )
-        return [part for part in parts if part.trained_tokens]
+        return [(example, part) for example, part in parts if part.trained_tokens]
 
     def prepare(
         self,
@@ -178,7 +181,7 @@ class Preparation:
             documents=documents,
             weights=weights[stored.table["source"][documents.rows_N]],
             examples=Examples(stored, rows_N),
-            validation=Examples(held, held_N if classes is None else held_documents.rows_N),
+            validation=Examples(held, held_N),
             validation_documents=held_documents,
             audit=seen,
             found=found,

@@ -55,6 +55,11 @@ class Documents(_OfRows[Document]):
     def lengths(self) -> np.ndarray:
         return self.stops_N - self.starts_N
 
+    @property
+    def examples(self) -> Examples:
+        """The row of each document, beside it."""
+        return Examples(self.stored, self.rows_N)
+
     def _at(self, index: int) -> Document:
         row, start, stop = (int(a[index]) for a in (self.rows_N, self.starts_N, self.stops_N))
         document = self.stored.document(row, start, stop)
@@ -62,7 +67,8 @@ class Documents(_OfRows[Document]):
             given = document.labels["target"].astype(np.int64)
             document.labels["target"] = np.where(given < 0, given, self.classes_C[given])
             if self.class_weights_C is not None:
-                document.labels["weight"] *= self.class_weights_C[self.classes_C[given]]
+                weights = self.class_weights_C[self.classes_C[given]]
+                document.labels["weight"] *= np.where(given < 0, 1, weights)
         return document
 
 

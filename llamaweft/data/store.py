@@ -42,7 +42,7 @@ ROW = np.dtype(
     ]
 )
 """first_token, tokens: where its tokens are. first_byte: where its record begins. key: a hash of
-what it says. answer: of its trained tokens, or targets. trained: how many these are. flags: what
+what it says. answer: of its trained tokens, or labels. trained: how many these are. flags: what
 the audit saw (audit.py). source: index."""
 
 FILES = {"rows": ROW, "ids": np.dtype("<i4"), "weights": np.dtype("u1"), "records": np.dtype("u1")}
@@ -89,7 +89,7 @@ class Writer:
         labels = [d.labels for d in documents if d.labels is not None]
         if labels:
             told = np.concatenate(labels)
-            said: np.ndarray = told["target"].copy()
+            said: np.ndarray = told.view("u1").reshape(len(told), -1)
             ends = np.cumsum([len(each) for each in labels])
             begins = np.concatenate([[0], ends[:-1]])
             counted = ends - begins

@@ -142,6 +142,11 @@ class TargetEncoder:
         target = _target(example, Span)
         if not target.answers:  # the model says so at the first token
             return _document(example, encoding, [(0, 0, 0.5), (0, 1, 0.5)])
+        if not target.answers[0].strip():
+            raise UserError(
+                f"{example.where}: the answer {target.answers[0]!r} says nothing; where the context "
+                "does not say, leave text and answer_start empty"
+            )
         start = target.starts[0]
         first = encoding.char_to_token(start, 1)
         last = encoding.char_to_token(start + len(target.answers[0].rstrip()) - 1, 1)
@@ -189,8 +194,12 @@ def _target(example: Example, kind: type[Any]) -> Any:
 
 
 def _tokens(encoding: Any) -> Tokens:
-    places = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-    return Tokens("", np.array(encoding.ids, np.int32), places[:, 1], places[:, 0])
+    """Those that the tokenizer puts after a text stand behind all of it."""
+    starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+    of_text = np.flatnonzero(np.array(encoding.special_tokens_mask) == 0)
+    after = of_text.max(initial=-1) + 1
+    ends[after:] = starts[after:] = ends.max(initial=0) + 1
+    return Tokens("", np.array(encoding.ids, np.int32), ends, starts)
 
 
 def _document(

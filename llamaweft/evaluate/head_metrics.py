@@ -15,6 +15,9 @@ from llamaweft.evaluate.bootstrap import Parts, Score, ratio
 OUTSIDE = "O"
 """The tag of words that belong to nothing; F1 leaves it out, as seqeval and CoNLL do."""
 
+ROUNDING = 1e-12
+"""Share of a sum of squares below which what is left of it is rounding."""
+
 
 def accuracy(said: np.ndarray, expected: np.ndarray, many: bool) -> Parts:
     """Right ones and all of a row. many: a row is right when all its classes are."""
@@ -55,8 +58,10 @@ def pearson(sums_DS: np.ndarray) -> np.ndarray:
     """Pearson's correlation; 0 where one side does not vary."""
     n_D, x_D, y_D, xx_D, yy_D, xy_D = sums_DS.T
     covariance_D = n_D * xy_D - x_D * y_D
-    spread_D = (n_D * xx_D - x_D**2) * (n_D * yy_D - y_D**2)
-    return np.where(spread_D > 1e-12, covariance_D / np.sqrt(np.maximum(spread_D, 1e-12)), 0.0)
+    x_spread_D, y_spread_D = n_D * xx_D - x_D**2, n_D * yy_D - y_D**2
+    varies_D = (x_spread_D > ROUNDING * n_D * xx_D) & (y_spread_D > ROUNDING * n_D * yy_D)
+    spread_D = np.where(varies_D, x_spread_D * y_spread_D, 1.0)
+    return np.where(varies_D, covariance_D / np.sqrt(spread_D), 0.0)
 
 
 HEAD_SCORES: dict[str, Score] = {

@@ -18,6 +18,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from llamaweft.data.audit import audit_in_words, finding_in_words
+from llamaweft.evaluate.confusion import confusion_matrix
 from llamaweft.evaluate.curves import panels
 from llamaweft.evaluate.report_markdown import markdown_report
 from llamaweft.evaluate.report_metrics import NOTHING, compare_metrics, finite, headline
@@ -38,8 +39,8 @@ class ReportInput:
     device, compute dtype and its reason, commit. audit: Audit.to_dict(). plan: free-form; shown
     against what was measured where it has seconds_per_step or peak_bytes; parts: bytes by name.
     metrics: records of metrics.jsonl. evaluations: {"name", "before": {"metrics"},
-    "after": {"metrics"} or None, "difference" or nothing, "examples": [{"prompt", "reference",
-    "before", "after"}]}.
+    "after": {"metrics"} or None, "difference" and "confusion" or nothing, "examples":
+    [{"prompt", "reference", "before", "after"}]}.
     """
 
     title: str
@@ -115,6 +116,11 @@ def _evaluation(evaluation: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": str(evaluation["name"]),
         "metrics": compare_metrics(evaluation),
+        "confusion": [
+            (side, matrix)
+            for side in ("before", "after")
+            if (matrix := confusion_matrix((evaluation.get("confusion") or {}).get(side)))
+        ],
         "examples": [_example(example) for example in examples[:MAX_EXAMPLES]],
         "examples_in_all": len(examples),
     }

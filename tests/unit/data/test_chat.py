@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llamaweft.data.chat import Document, Encoder, special_ids, stop_ids
 from llamaweft.data.example import Example
 from llamaweft.data.selection import pieces
 from llamaweft.errors import UserError
+from llamaweft.model.tokenizer import load_tokenizer
 
 CHAT = Example(
     "f line 1",
@@ -186,3 +189,27 @@ def test_long_documents_are_split_dropped_or_cut() -> None:
     assert pieces(10, 4, "drop") == []
     assert pieces(10, 4, None) == [(0, 10)]
     assert pieces(3, 4, "split") == [(0, 3)]
+
+
+SMOLLM2 = load_tokenizer("builtin:smollm2-135m")
+ENCODER = Encoder(SMOLLM2)
+SAID = st.text(
+    st.sampled_from([*"ab \n:é€🦙\u200d", "<", "|", ">"]), min_size=1, max_size=12
+).filter(lambda said: bool(said.strip()))
+ANSWERED = SAID.map(str.lstrip)  # white space may share a token with the header, which is not said
+TURNS = st.lists(st.tuples(SAID | st.just("<|im_end|>"), ANSWERED), min_size=1, max_size=4)
+
+
+@settings(deadline=None)
+@given(system=st.none() | SAID, turns=TURNS)
+def test_any_chat_trains_its_answers_and_nothing_else(system, turns) -> None:
+    """Whatever is said, control tokens typed by a person included."""
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for asked, answered in turns:
+        messages.append({"role": "user", "content": asked})
+        messages.append({"role": "assistant", "content": answered})
+    (document,) = ENCODER([Example("a row", tuple(messages))])
+    assert trained_text(SMOLLM2, document) == "".join(f"{a}<|im_end|>" for _, a in turns)
+    ends = document.ids == SMOLLM2.convert_tokens_to_ids("<|im_end|>")
+    assert ends.sum() == len(messages) + (system is None)  # the template has a system message
+    assert (document.weights[ends] > 0).sum() == len(turns)

@@ -1,0 +1,162 @@
+"""Tasks with a head, from the command line: learnt, measured, exported, and refused where a head
+says no words."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CITIES, write_recipe
+from safetensors.torch import load_file
+from test_bad_input import refused
+from test_cli import wait_for
+
+from llamaweft.cli.app import main
+
+CLASSES, NUMBER, TAGS, ANSWERS = (
+    "sequence_classification",
+    "regression",
+    "token_classification",
+    "question_answering",
+)
+MOODS = {"good": ["fine", "bright", "warm"], "bad": ["grim", "bleak", "cold"], 'so "so"': ["plain", "usual", "mild"]}
+
+
+def row_of(task: str, i: int) -> dict:
+    """Said by single words, so that a small model learns it."""
+    city = CITIES[i % len(CITIES)]
+    mood = list(MOODS)[i % 3]
+    word = MOODS[mood][i // 3 % 3]
+    match task:
+        case "sequence_classification":
+            return {"text": f"Day {i} in {city} was {word}", "label": mood}
+        case "regression":
+            return {"text": f"Day {i} in {city} was {word}", "label": float(i % 3) - 1}
+        case "token_classification":
+            return {"tokens": ["Day", str(i), "in", city, "was", word], "tags": ["O", "O", "O", "PLACE", "O", mood]}
+    context = f"In {city} day {i} was {word}."
+    answers = {"text": [city], "answer_start": [3]}
+    if i % 5 == 4:
+        context, answers = f"Day {i} was {word}.", {"text": [], "answer_start": []}
+    return {"question": "Where?", "context": context, "answers": answers}
+
+
+METRICS = {
+    CLASSES: ["loss", "accuracy", "macro_f1", "micro_f1"],
+    NUMBER: ["loss", "mae", "pearson"],
+    TAGS: ["loss", "accuracy", "macro_f1", "micro_f1"],
+    ANSWERS: ["loss", "exact_match", "f1"],
+}
+LABELS = {
+    CLASSES: {"0": "bad", "1": "good", "2": 'so "so"'},
+    NUMBER: {"0": "LABEL_0"},
+    TAGS: {"0": "O", "1": "PLACE", "2": "bad", "3": "good", "4": 'so "so"'},
+    ANSWERS: None,
+}
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch, capsys):
+    """Runs a command in tmp_path as `llamaweft` does, without a process of its own: what it says
+    on stdout, or, where it is refused, its one error."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["llamaweft", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        assert (ended.value.code or 0) == code, said.err
+        if not code:
+            return said.out
+        (line,) = [line for line in said.err.splitlines() if line.startswith("error:")]
+        return line
+
+    return call
+
+
+def write_task(folder: Path, tiny_folder: Path, task: str, **training) -> Path:
+    lines = [json.dumps(row_of(task, i)) for i in range(60)]
+    (folder / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    settings = {"learning_rate": 1e-2, "max_steps": 12, "micro_batch_tokens": 256}
+    settings |= {"gradient_accumulation_steps": 2, "checkpoint_every_steps": 6}
+    tree = {
+        "model": str(tiny_folder),
+        "task": task,
+        "data": {"train": "rows.jsonl", "validation": {"fraction": 0.3}},
+        "adapter": {"r": 4},
+        "base_weights": "fp32",
+        "training": settings | {"compute_dtype": "fp32", "device": "cpu"} | training,
+        "evaluation": {"every_steps": 6, "metrics": METRICS[task]},
+        "output_dir": "run",
+    }
+    return write_recipe(tree, folder / "recipe.yaml")
+
+
+@pytest.mark.parametrize("task", METRICS)
+def test_a_task_from_rows_to_export(tiny_folder: Path, tmp_path: Path, command, task: str) -> None:
+    write_task(tmp_path, tiny_folder, task)
+    command("train", "recipe.yaml")
+    evaluation = json.loads((tmp_path / "run/evaluation.json").read_text())
+    before, after = (evaluation[side]["metrics"] for side in ("before", "after"))
+    assert set(before) == set(after) == set(evaluation["difference"]) == set(METRICS[task])
+    for name in METRICS[task][:2]:
+        assert evaluation["difference"][name]["verdict"] == "better", evaluation
+    assert after["loss"]["count"] == 18
+    assert ("confusion" in evaluation) == (task in (CLASSES, TAGS))
+    if task in (CLASSES, TAGS):
+        confusion = evaluation["confusion"]["after"]
+        assert confusion["labels"] == list(LABELS[task].values())
+        counts = torch.tensor(confusion["counts"])
+        assert counts.trace() / counts.sum() == pytest.approx(after["accuracy"]["value"])
+
+    again = json.loads(command("evaluate", "run", "--json"))["before"]["metrics"]
+    for name, value in after.items():
+        assert again[name] == pytest.approx(value, rel=1e-5), name
+
+    to_hf = json.loads(command("export", "run", "--to", "hf", "--output", "hf", "--json"))
+    assert to_hf["parity"]["passed"]
+    assert json.loads((tmp_path / "hf/config.json").read_text()).get("id2label") == LABELS[task]
+    to_peft = ("export", "run", "--to", "peft", "--output", "peft", "--json")
+    if task == ANSWERS:
+        assert "question answering" in command(*to_peft, code=2)
+        assert not (tmp_path / "peft").exists()
+    else:
+        assert json.loads(command(*to_peft))["parity"]["passed"]
+
+    for words in (("chat", "run", "--message", "Hello"), ("predict", "run", "rows.jsonl", "--output", "x")):
+        said = command(*words, code=2)
+        assert f"run was trained with task: {task}, so it writes no text" in said
+    metric = "mae" if task != NUMBER else "accuracy"
+    said = command("evaluate", "run", "--metrics", metric, code=2)
+    assert f"--metrics: {metric} does not fit task: {task}" in said
+
+
+def test_a_killed_run_of_a_head_goes_on_bit_for_bit(
+    tiny_folder: Path, tmp_path: Path, command
+) -> None:
+    recipe = write_task(tmp_path, tiny_folder, CLASSES, max_steps=30, checkpoint_every_steps=3)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llamaweft", "train", recipe.name],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_for(tmp_path / "run/checkpoints/step-000009", process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    command("train", recipe.name, "--resume")
+    command("train", recipe.name, "output_dir=whole")
+    folders = [tmp_path / run for run in ("run", "whole")]
+    for name in ("adapter/adapter_model", "checkpoints/step-000030/trained"):
+        ours, theirs = (load_file(folder / f"{name}.safetensors") for folder in folders)
+        assert any("score" in key or "head" in key for key in theirs)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    sides = [json.loads((folder / "evaluation.json").read_text()) for folder in folders]
+    assert sides[0] == sides[1]
