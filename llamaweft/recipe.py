@@ -22,7 +22,6 @@ from llamaweft.errors import UserError
 from llamaweft.settings import (
     HUB_ONLY,
     NOT_WITH_FRACTION,
-    TASK_METRICS,
     Adapter,
     AuditSettings,
     Data,
@@ -30,6 +29,7 @@ from llamaweft.settings import (
     Head,
     Section,
     Training,
+    fitting_metric,
 )
 
 OF_TURNS = ("train_on", "chat_template")
@@ -92,13 +92,11 @@ class Recipe(Section):
         for key in OF_TURNS if self.task != "chat" else ():
             if key in self.data.model_fields_set:
                 raise ValueError(f"task: {self.task} has no turns; remove data.{key}")
-        known = TASK_METRICS[self.task]
         for metric in self.evaluation.metrics:
-            if metric not in known and not (self.task == "chat" and ":" in metric):
-                raise ValueError(
-                    f"evaluation.metrics: {metric} does not fit task: {self.task}, which has "
-                    f"{', '.join(known)}"
-                )
+            try:
+                fitting_metric(metric, self.task)
+            except ValueError as error:
+                raise ValueError(f"evaluation.metrics: {error}") from None
         if self.head.class_weights is not None and self.task not in OF_CLASSES:
             raise ValueError(f"task: {self.task} has no classes; remove head.class_weights")
         if self.training.label_smoothing and self.task == "regression":

@@ -33,6 +33,14 @@ TASK_METRICS = {
 """Those that fit each task; a user's own compares answers, which only chats have."""
 
 
+def fitting_metric(name: str, task: str) -> str:
+    """The name itself. Raises ValueError where the task has no such metric."""
+    known = TASK_METRICS[task]
+    if name in known or (task == "chat" and ":" in name):
+        return name
+    raise ValueError(f"{name} does not fit task: {task}, which has {', '.join(known)}")
+
+
 def known_metric(name: str) -> str:
     """The name itself. Raises ValueError where it names no metric; the user's own module is not
     imported for it."""

@@ -27,7 +27,7 @@ from llamaweft.model.llama import LlamaForCausalLM, LlamaWithHead, Model
 from llamaweft.model.stores import own_codec
 from llamaweft.pipeline import Pipeline, open_run
 from llamaweft.recipe import Recipe
-from llamaweft.settings import Evaluation, Rows, known_metric
+from llamaweft.settings import Evaluation, Rows, fitting_metric, known_metric
 from llamaweft.train.run_folder import write_json
 
 SYSTEM_ROWS = 1000
@@ -142,6 +142,11 @@ def compare_subjects(
         settings = Recipe.validate_tree({"model": subject, "data": rows}, "the options")
     else:
         raise UserError(f"{subject} is no run, so it has no held-out rows; give --recipe or --data")
+    for metric in metrics or ():
+        try:
+            fitting_metric(metric, settings.task)
+        except ValueError as error:
+            raise UserError(f"--metrics: {error}") from None
     say(f"loading {subject}")
     opened = open_subject(subject, settings)
     examples = _rows(Pipeline(settings), data)
