@@ -50,9 +50,10 @@ def predict(
     """Write the greedy answer to each prompt as a line of JSON; returns how many this call made.
 
     resume: go on with what an earlier call left. Raises UserError for a prompt that the model's
-    context has no room for (before anything is answered), an output that is there already, and
-    unfinished answers that belong to other prompts or settings.
+    context has no room for (before anything is answered), an output that is there already,
+    unfinished answers that belong to other prompts or settings, and a model that writes no text.
     """
+    model = subject.generates
     if output.exists():
         raise UserError(f"{output} exists; give another --output, or remove it")
     ids = _encoded(subject, prompts)
@@ -67,7 +68,7 @@ def predict(
             rows = range(first, min(first + GROUP_ROWS, len(prompts)))
             progress(first, len(prompts))
             answers = generate_batch(
-                subject.generates,
+                model,
                 [ids[row] for row in rows],
                 stop_ids(tokenizer),
                 max_new_tokens=max_new_tokens,

@@ -17,6 +17,7 @@ from llamaweft.adapters.folder import CONFIG, load_adapter_state, read_adapter, 
 from llamaweft.adapters.lora import inject
 from llamaweft.data.chat import stop_ids
 from llamaweft.data.example import Example
+from llamaweft.data.targets import HEAD_TASKS
 from llamaweft.errors import RunError, UserError
 from llamaweft.evaluate.evaluator import Progress, side_by_side
 from llamaweft.export.hf import export_merged
@@ -25,6 +26,7 @@ from llamaweft.files import written_aside
 from llamaweft.model.folder import base_name
 from llamaweft.model.llama import LlamaForCausalLM, LlamaWithHead, Model
 from llamaweft.model.stores import own_codec
+from llamaweft.model.task_heads import HEAD_NAMES
 from llamaweft.pipeline import Pipeline, open_run
 from llamaweft.recipe import Recipe
 from llamaweft.settings import Evaluation, Rows, fitting_metric, known_metric
@@ -94,8 +96,17 @@ def open_subject(name: str, settings: Recipe | None = None) -> Subject:
     run = open_run(name)
     if run is not None:
         return Subject(name, run, run.trained_model())
+    if settings is not None and settings.task in HEAD_TASKS:
+        raise UserError(
+            f"{name} is no run, so it has no head for task: {settings.task}; give a run folder"
+        )
     if (Path(name) / CONFIG).is_file():
         config, base, state = read_adapter(Path(name))
+        if any(f".{head}." in key for key in state for head in HEAD_NAMES):
+            raise UserError(
+                f"{name} holds a head beside the adapter, and not what its outputs mean; give the "
+                "run folder that it is in"
+            )
         pipeline = Pipeline(_with_model(settings, base))
         model = pipeline.load_frozen()
         inject(model, config)

@@ -144,8 +144,8 @@ class TargetEncoder:
             return _document(example, encoding, [(0, 0, 0.5), (0, 1, 0.5)])
         if not target.answers[0].strip():
             raise UserError(
-                f"{example.where}: the answer {target.answers[0]!r} says nothing; where the context "
-                "does not say, leave text and answer_start empty"
+                f"{example.where}: the answer {target.answers[0]!r} says nothing; where the "
+                "context does not say, leave text and answer_start empty"
             )
         start = target.starts[0]
         first = encoding.char_to_token(start, 1)

@@ -19,6 +19,9 @@ from llamaweft.model.pack import Pack
 INITIALISER_RANGE = 0.02
 """Standard deviation of a new head's weights, as Llama's config has it."""
 
+HEAD_NAMES = ("score", "qa_outputs")
+"""Names of heads in a state dict of transformers: of classes and numbers, and of answers."""
+
 
 @dataclass(frozen=True)
 class HeadConfig:
@@ -38,7 +41,8 @@ class HeadConfig:
     @property
     def name(self) -> str:
         """The head's name in a state dict of transformers."""
-        return "qa_outputs" if self.task == "question_answering" else "score"
+        score, qa_outputs = HEAD_NAMES
+        return qa_outputs if self.task == "question_answering" else score
 
     @property
     def architecture(self) -> str:

@@ -34,6 +34,10 @@ ROWS = {
 }
 HELD = [ROWS["validation_leak"], chat(("user", "Another?"), ("assistant", "Other."))]
 
+RARE = {"text": "Nothing like the others", "label": "rare"}
+CLASSIFIED = [{"text": f"Text {i} of {WORDS[i]}", "label": "ab"[i % 2]} for i in range(20)]
+"""`rare_class` needs a task with classes."""
+
 TURNS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}END\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
@@ -65,6 +69,10 @@ def planted(recipe_tree: dict, tmp_path: Path):
     def recipe(*checks: str, allow: tuple[str, ...] = ()) -> dict:
         rows = [*GOOD, *(ROWS[check] for check in checks if check in ROWS)]
         files = {"rows.jsonl": rows, "held.jsonl": HELD}
+        if "rare_class" in checks:
+            held = [row | {"text": f"Held: {row['text']}"} for row in CLASSIFIED[:4]]
+            files = {"rows.jsonl": [*CLASSIFIED, RARE], "held.jsonl": held}
+            recipe_tree["task"] = "sequence_classification"
         for name, content in files.items():
             (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in content))
         recipe_tree["data"] = {
@@ -94,7 +102,7 @@ def _changed(model: Path, tmp_path: Path, check: str) -> Path:
     return folder
 
 
-PLANTED = (*ROWS, *TEMPLATES, *MODELS)
+PLANTED = (*ROWS, *TEMPLATES, *MODELS, "rare_class")
 
 
 def test_every_check_that_blocks_is_planted() -> None:
@@ -116,7 +124,14 @@ def test_without_a_mistake_it_trains(planted, tmp_path: Path) -> None:
 
 
 def test_what_the_recipe_allows_is_trained(planted, tmp_path: Path) -> None:
-    allowed = (*ROWS, "untrained_token", "begin_of_text")
+    check_allowed(planted, tmp_path, (*ROWS, "untrained_token", "begin_of_text"))
+
+
+def test_a_rare_class_that_the_recipe_allows_is_trained(planted, tmp_path: Path) -> None:
+    check_allowed(planted, tmp_path, ("rare_class",))
+
+
+def check_allowed(planted, tmp_path: Path, allowed: tuple[str, ...]) -> None:
     recipe = write_recipe(planted(*allowed, allow=allowed), tmp_path / "recipe.yaml")
     llamaweft("train", recipe, cwd=tmp_path)
     audit = json.loads((tmp_path / "run" / "audit.json").read_text())

@@ -13,7 +13,6 @@ import pytest
 import torch
 from conftest import CITIES, write_recipe
 from safetensors.torch import load_file
-from test_bad_input import refused
 from test_cli import wait_for
 
 from llamaweft.cli.app import main
@@ -24,7 +23,11 @@ CLASSES, NUMBER, TAGS, ANSWERS = (
     "token_classification",
     "question_answering",
 )
-MOODS = {"good": ["fine", "bright", "warm"], "bad": ["grim", "bleak", "cold"], 'so "so"': ["plain", "usual", "mild"]}
+MOODS = {
+    "good": ["fine", "bright", "warm"],
+    "bad": ["grim", "bleak", "cold"],
+    'so "so"': ["plain", "usual", "mild"],
+}
 
 
 def row_of(task: str, i: int) -> dict:
@@ -38,7 +41,10 @@ def row_of(task: str, i: int) -> dict:
         case "regression":
             return {"text": f"Day {i} in {city} was {word}", "label": float(i % 3) - 1}
         case "token_classification":
-            return {"tokens": ["Day", str(i), "in", city, "was", word], "tags": ["O", "O", "O", "PLACE", "O", mood]}
+            return {
+                "tokens": ["Day", str(i), "in", city, "was", word],
+                "tags": ["O", "O", "O", "PLACE", "O", mood],
+            }
     context = f"In {city} day {i} was {word}."
     answers = {"text": [city], "answer_start": [3]}
     if i % 5 == 4:
@@ -129,9 +135,12 @@ def test_a_task_from_rows_to_export(tiny_folder: Path, tmp_path: Path, command, 
     else:
         assert json.loads(command(*to_peft))["parity"]["passed"]
 
-    for words in (("chat", "run", "--message", "Hello"), ("predict", "run", "rows.jsonl", "--output", "x")):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello"}\n')
+    talk = ("chat", "run", "--message", "Hello")
+    for words in (talk, ("predict", "run", "prompts.jsonl", "--output", "said")):
         said = command(*words, code=2)
         assert f"run was trained with task: {task}, so it writes no text" in said
+    assert not list(tmp_path.glob("said*"))
     metric = "mae" if task != NUMBER else "accuracy"
     said = command("evaluate", "run", "--metrics", metric, code=2)
     assert f"--metrics: {metric} does not fit task: {task}" in said
@@ -160,3 +169,81 @@ def test_a_killed_run_of_a_head_goes_on_bit_for_bit(
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     sides = [json.loads((folder / "evaluation.json").read_text()) for folder in folders]
     assert sides[0] == sides[1]
+
+
+# --- what is refused before the start ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "keys", "words"),
+    [
+        (CLASSES, {"evaluation": {"metrics": ["mae"]}}, ["evaluation.metrics: mae", CLASSES]),
+        (
+            NUMBER,
+            {"evaluation": {"metrics": ["accuracy"]}},
+            ["evaluation.metrics: accuracy", NUMBER],
+        ),
+        (
+            "chat",
+            {"evaluation": {"metrics": ["macro_f1"]}},
+            ["evaluation.metrics: macro_f1", "chat"],
+        ),
+        ("chat", {"head": {"class_weights": "balanced"}}, ["head.class_weights", "task: chat"]),
+        (NUMBER, {"head": {"class_weights": {"a": 2}}}, ["head.class_weights", NUMBER]),
+        (
+            CLASSES,
+            {"head": {"class_weights": {"fair": 2}}},
+            ["head.class_weights", "'fair'", "good"],
+        ),
+        (CLASSES, {"data": {"on_too_long": "split"}}, ["data.on_too_long: split", CLASSES]),
+        (CLASSES, {"data": {"train_on": "all"}}, ["data.train_on", CLASSES]),
+        (CLASSES, {"data": {"validation": {"path": "empty.jsonl"}}}, ["empty.jsonl", "no rows"]),
+        (
+            CLASSES,
+            {"data": {"validation": {"path": "unseen.jsonl"}}},
+            ["unseen.jsonl line 2", "'odd'"],
+        ),
+        (CLASSES, {"data": {"train": "rare.jsonl"}}, ["rare_class", "rare.jsonl line 61"]),
+        (NUMBER, {"data": {"train": "rare.jsonl"}}, ["rare.jsonl line 61", "one number"]),
+        (TAGS, {}, ["rows.jsonl line 1", "tagging"]),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    tiny_folder: Path, tmp_path: Path, command, task: str, keys: dict, words: list[str]
+) -> None:
+    of = CLASSES if task == TAGS else task if task in METRICS else CLASSES
+    write_task(tmp_path, tiny_folder, of)
+    good = row_of(of, 0)
+    odd = good | {"text": "An odd day", "label": "odd"}
+    rows = (tmp_path / "rows.jsonl").read_text()
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "unseen.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(odd)}\n")
+    (tmp_path / "rare.jsonl").write_text(f"{rows}\n{json.dumps(odd)}\n")
+    tree = json.loads((tmp_path / "recipe.yaml").read_text()) | {"task": task}
+    tree["evaluation"]["metrics"] = ["loss"]
+    if "train" in keys.get("data", {}):
+        tree["data"]["validation"] = {"path": "rows.jsonl"}
+        tree["audit"] = {"allow": ["validation_leak"]}
+    for section, content in keys.items():
+        tree[section] = tree.get(section, {}) | content
+    refused(tree, tmp_path, command, *words)
+
+
+def refused(tree: dict, folder: Path, command, *words: str) -> None:
+    said = command("train", write_recipe(tree, folder / "recipe.yaml"), code=2)
+    for word in words:
+        assert word in said
+    assert not (folder / "run").exists()
+
+
+def test_an_adapter_folder_of_a_head_and_a_model_without_one(
+    tiny_folder: Path, tmp_path: Path, command
+) -> None:
+    write_task(tmp_path, tiny_folder, CLASSES, max_steps=1)
+    command("train", "recipe.yaml")
+    assert "head" in command("chat", "run/adapter", "--message", "Hello", code=2)
+    assert "head" in command("evaluate", tiny_folder, "--recipe", "recipe.yaml", code=2)
+    assert "head" in command("evaluate", "run", "--compare", tiny_folder, code=2)
+    shown = json.loads(command("data", "show", "recipe.yaml", "--rows", "1", "--json"))
+    assert shown
+    command("plan", "recipe.yaml")

@@ -16,6 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from llamaweft.data import build
 from llamaweft.data.classes import find_classes
 from llamaweft.data.formats import to_examples
+from llamaweft.data.holdout import hold_out
 from llamaweft.data.prepare import Preparation, Prepared
 from llamaweft.data.sources import PlainSource, read_rows
 from llamaweft.data.store import StoredRows, Writer
@@ -74,7 +75,9 @@ def finding(prepared: Prepared, check: str):
 
 def test_ids_are_the_tokenizers(tokenizer, rows) -> None:
     pairs = [("Grüße aus Köln", None), ("first one", " second <|im_end|>"), ("日本語 text 🎉", "")]
-    source = rows(*({"text": a, "label": "x"} | ({} if b is None else {"text_pair": b}) for a, b in pairs))
+    source = rows(
+        *({"text": a, "label": "x"} | ({} if b is None else {"text_pair": b}) for a, b in pairs)
+    )
     _, documents = encoded(tokenizer, CLASSES, source)
     for (first, second), document in zip(pairs, documents, strict=True):
         given = (first,) if second is None else (first, second)
@@ -134,16 +137,20 @@ def test_tags_that_do_not_fit_are_refused(tokenizer, rows, row, words) -> None:
         prepare(tokenizer, TAGS, rows(good, row))
 
 
-CONTEXT = "Zürich – the city – lies at the Limmat, 408 m above the sea 🎉 level."
+CONTEXT = "Zürich — the city — lies at the Limmat, 408 m above the sea 🎉 level."
 
 
-def asked(*answers: str, start: int | None = None, question: str = "What lies at the Limmat?") -> dict:
+def asked(
+    *answers: str, start: int | None = None, question: str = "What lies at the Limmat?"
+) -> dict:
     starts = [CONTEXT.find(answer) if start is None else start for answer in answers]
     found = {"text": list(answers), "answer_start": starts}
     return {"question": question, "context": CONTEXT, "answers": found}
 
 
-@pytest.mark.parametrize("answer", ["Zürich", "Limmat", "408 m above the sea 🎉 level", "the city –"])
+@pytest.mark.parametrize(
+    "answer", ["Zürich", "Limmat", "408 m above the sea 🎉 level", "the city —"]
+)
 def test_an_answer_is_where_its_characters_are(tokenizer, rows, answer) -> None:
     row = asked(answer)
     _, (document,) = encoded(tokenizer, ANSWERS, rows(row))
@@ -159,7 +166,10 @@ def test_without_an_answer_the_first_token_says_so(tokenizer, rows) -> None:
     assert labels(document) == [(0, 0, 0.5), (0, 1, 0.5)]
 
 
-@pytest.mark.parametrize("row", [asked("Basel", start=3), asked("Limmat", start=0), asked("", start=0), asked(" ", start=8)])
+@pytest.mark.parametrize(
+    "row",
+    [asked("Basel", start=3), asked("Limmat", start=0), asked("", start=0), asked(" ", start=8)],
+)
 def test_an_answer_that_is_not_there_is_refused(tokenizer, rows, row) -> None:
     with pytest.raises(UserError, match=r"rows\.jsonl line 2: the answer"):
         prepare(tokenizer, ANSWERS, rows(asked("Limmat"), row))
@@ -208,21 +218,33 @@ def test_a_label_that_no_training_row_has_is_refused(tokenizer, rows, fraction) 
             prepare(tokenizer, CLASSES, rows(*train), rows(*held, name="held.jsonl"))
         return
     source = rows(*train, *labelled(*"abababab"), *held)
-    for seed in range(20):
-        try:
+    refused = 0
+    for seed in range(8):
+        if "new" in {e.target.labels[0] for e in held_of(tokenizer, source, seed)}:
+            refused += 1
+            with pytest.raises(UserError, match=r"rows\.jsonl line 14 has the label 'new'"):
+                prepare(tokenizer, CLASSES, source, fraction=fraction, seed=seed)
+        else:
             found = prepare(tokenizer, CLASSES, source, fraction=fraction, seed=seed)
-        except UserError as error:
-            assert "rows.jsonl line 14 has the label 'new'" in str(error)
-            return
-        assert "new" in found.classes.names
-    raise AssertionError("it was never held out")
+            assert "new" in found.classes.names
+    assert 0 < refused < 8
+
+
+def held_of(tokenizer, source: PlainSource, seed: int) -> list:
+    """The rows that half of the rows being held out takes, whatever their labels."""
+    folder = StoredRows(preparation(tokenizer, CLASSES)._build([source], ()).folder)
+    out = hold_out(folder.table["key"], 0.5, seed)
+    return [folder.example(row) for row in np.flatnonzero(out).tolist()]
 
 
 def test_a_label_of_other_rows_is_refused_when_they_are_measured(tokenizer, rows) -> None:
     found = prepare(tokenizer, CLASSES, rows(*labelled("b", "a", "b", "a")))
     ours = preparation(tokenizer, CLASSES)
     other = ours.read(rows(*labelled("a", "b"), name="other.jsonl"))
-    assert [labels(d) for _, d in ours.held_out(other, found.classes)] == [[(LAST, 0, 1)], [(LAST, 1, 1)]]
+    assert [labels(d) for _, d in ours.held_out(other, found.classes)] == [
+        [(LAST, 0, 1)],
+        [(LAST, 1, 1)],
+    ]
     unknown = ours.read(rows(*labelled("a", "c"), name="other.jsonl"))
     with pytest.raises(UserError, match=r"other\.jsonl line 2 has the label 'c'"):
         ours.held_out(unknown, found.classes)
@@ -234,7 +256,13 @@ def test_balanced_weights_are_scikit_learns(tokenizer, rows) -> None:
     weights = compute_class_weight("balanced", classes=np.array(["a", "b", "c"]), y=given)
     of = dict(zip("abc", weights, strict=True))
     assert [d.labels["weight"][0] for d in found.documents] == pytest.approx([of[g] for g in given])
-    held = prepare(tokenizer, CLASSES, rows(*labelled(*given)), rows(*labelled("a"), name="h.jsonl"), class_weights="balanced")
+    held = prepare(
+        tokenizer,
+        CLASSES,
+        rows(*labelled(*given)),
+        rows(*labelled("a"), name="h.jsonl"),
+        class_weights="balanced",
+    )
     assert labels(held.validation_documents[0]) == [(LAST, 0, 1)]  # measured as it is
 
 
@@ -265,7 +293,13 @@ def test_one_and_several_classes_do_not_mix(tokenizer, rows, first) -> None:
         prepare(tokenizer, CLASSES, rows(*labelled(*[one] * 5, other)))
     held = rows(*labelled(other), name="held.jsonl")
     with pytest.raises(UserError, match=r"held\.jsonl line 1 gives .* of its classes"):
-        prepare(tokenizer, CLASSES, rows(*labelled(one, one, "b" if first == "a" else ["b"])), held, allow=["rare_class"])
+        prepare(
+            tokenizer,
+            CLASSES,
+            rows(*labelled(one, one, "b" if first == "a" else ["b"])),
+            held,
+            allow=["rare_class"],
+        )
 
 
 @pytest.mark.parametrize("label", ["7", True, [1, 2], [1.0]])
@@ -293,9 +327,14 @@ def many_rows(task: str) -> list[dict]:
         case "regression":
             return labelled(*(i / 4 for i in range(22)))
         case "token_classification":
-            return [{"tokens": WORDS[: 1 + i % 7], "tags": "HGFEDCB"[: 1 + i % 7][::-1]} for i in range(22)]
+            return [
+                {"tokens": WORDS[: 1 + i % 7], "tags": "HGFEDCB"[: 1 + i % 7][::-1]}
+                for i in range(22)
+            ]
     answers = ["Limmat", "Zürich", None]
-    return [asked(*[a for a in [answers[i % 3]] if a], question=f"Question {i}?") for i in range(22)]
+    return [
+        asked(*[a for a in [answers[i % 3]] if a], question=f"Question {i}?") for i in range(22)
+    ]
 
 
 def spread(row: dict) -> dict:
@@ -305,10 +344,17 @@ def spread(row: dict) -> dict:
 def expected_of(tokenizer, task: str, source: PlainSource) -> list[tuple]:
     """What the encoder says, with the classes in the order of the head."""
     encoder, documents = encoded(tokenizer, task, source)
-    place = {label: i for i, label in enumerate(sorted(encoder.classes, key=lambda x: str(json.loads(x))))}
+    place = {
+        label: i
+        for i, label in enumerate(sorted(encoder.classes, key=lambda x: str(json.loads(x))))
+    }
     seen = list(encoder.classes)
     return [
-        (d.where, d.ids.tolist(), [(p, place[seen[int(t)]] if seen else t, w) for p, t, w in labels(d)])
+        (
+            d.where,
+            d.ids.tolist(),
+            [(p, place[seen[int(t)]] if seen else t, w) for p, t, w in labels(d)],
+        )
         for d in documents
     ]
 
@@ -371,13 +417,17 @@ def test_a_rare_class_blocks_until_it_is_allowed(tokenizer, rows) -> None:
 
 def test_a_tag_of_one_row_only_is_rare(tokenizer, rows) -> None:
     """However often the row has it."""
-    content_rows = [{"tokens": ["a", "b"], "tags": tags} for tags in (["O", "O"], ["B", "B"], ["O", "O"])]
+    content_rows = [
+        {"tokens": ["a", "b"], "tags": tags} for tags in (["O", "O"], ["B", "B"], ["O", "O"])
+    ]
     found = finding(prepare(tokenizer, TAGS, rows(*content_rows)), "rare_class")
     assert (found.status, found.count) == ("blocking", 1)
     assert found.examples[0].endswith("line 2")
 
 
-@pytest.mark.parametrize(("most", "said"), [("yes", "'yes'"), (["yes", "no"], "'yes, no'"), ([], "'no class'")])
+@pytest.mark.parametrize(
+    ("most", "said"), [("yes", "'yes'"), (["yes", "no"], "'yes, no'"), ([], "'no class'")]
+)
 def test_an_unbalanced_set_names_its_label(tokenizer, rows, most, said) -> None:
     other = ["rare"] if isinstance(most, list) else "rare"
     found = prepare(tokenizer, CLASSES, rows(*labelled(other, other, *[most] * 58)))
@@ -387,8 +437,13 @@ def test_an_unbalanced_set_names_its_label(tokenizer, rows, most, said) -> None:
 
 
 def test_answers_at_different_places_are_balanced(tokenizer, rows) -> None:
-    content_rows = [asked(["Limmat", "Zürich"][i % 2], question=f"Question {i}?") for i in range(60)]
-    assert finding(prepare(tokenizer, ANSWERS, rows(*content_rows)), "label_balance").status == "passed"
+    content_rows = [
+        asked(["Limmat", "Zürich"][i % 2], question=f"Question {i}?") for i in range(60)
+    ]
+    assert (
+        finding(prepare(tokenizer, ANSWERS, rows(*content_rows)), "label_balance").status
+        == "passed"
+    )
     unanswered = [asked(question=f"Question {i}?") for i in range(58)]
     found = prepare(tokenizer, ANSWERS, rows(*content_rows[:2], *unanswered, name="none.jsonl"))
     balance = finding(found, "label_balance")

@@ -37,7 +37,11 @@ def measured(task: str, expected: Rows, logits: Sequence[np.ndarray], many: bool
         place = range(len(targets)) if task == "token_classification" else [LAST] * len(targets)
         labels = np.array([(p, t, 1) for p, t in zip(place, targets, strict=True)], LABEL)
         length = 20 + (row * 7) % 11
-        documents.append(Document(np.full(length, row, np.int32), np.zeros(length, np.float32), f"row {row}", labels))
+        documents.append(
+            Document(
+                np.full(length, row, np.int32), np.zeros(length, np.float32), f"row {row}", labels
+            )
+        )
         examples.append(Example(f"row {row}", text="x", target=Labels(tuple(targets), many)))
     said = [torch.from_numpy(np.asarray(each, np.float32)) for each in logits]
     classes = Classes(tuple(f'"{name}"' for name in NAMES), np.ones(len(NAMES)), many)
@@ -88,7 +92,12 @@ def test_several_classes() -> None:
     assert not said.any(-1).all()
     expected = [np.flatnonzero(row).tolist() or [NO_CLASS] for row in holds]
     found = measured("sequence_classification", expected, logits, many=True)
-    assert (holds == MultiLabelBinarizer(classes=range(4)).fit_transform([[c for c in row if c >= 0] for row in expected])).all()
+    assert (
+        holds
+        == MultiLabelBinarizer(classes=range(4)).fit_transform(
+            [[c for c in row if c >= 0] for row in expected]
+        )
+    ).all()
     assert values(found) == pytest.approx(
         {
             "loss": np.arange(60).sum() / 120,
@@ -146,7 +155,12 @@ def test_every_metric_of_a_head_is_tested_in_its_own_direction() -> None:
     """More right answers are better; a smaller error is."""
     from llamaweft.evaluate.curves import lower_is_better
 
-    named = {name for task, names in TASK_METRICS.items() if task not in ("chat", "text") for name in names}
+    named = {
+        name
+        for task, names in TASK_METRICS.items()
+        if task not in ("chat", "text")
+        for name in names
+    }
     better_low = {name for name in named if lower_is_better(name)}
     assert better_low == {"loss", "mae"}
     worse, better = [(2.0, 1.0)] * 8, [(1.0, 1.0)] * 8
