@@ -18,7 +18,7 @@ from llamaweft.errors import UserError
 from llamaweft.evaluate.bootstrap import Parts, ratio, summarise
 from llamaweft.evaluate.evaluator import Answer, Progress
 from llamaweft.evaluate.head_metrics import HEAD_SCORES, OUTSIDE, accuracy, counted, moments
-from llamaweft.evaluate.metrics import exact_match, f1
+from llamaweft.evaluate.metrics import f1, squad_exact_match
 
 LONGEST_ANSWER_TOKENS = 64
 """Of an answer that is read off a text."""
@@ -30,13 +30,14 @@ SHARE_THAT_HOLDS = 0.5
 @dataclass(frozen=True)
 class Said:
     """What a head says of one row. loss: summed, and its weight. said, expected: classes, or a
-    value; of an answer, none. text: as a person reads it."""
+    value; of an answer, none. text: as a person reads it. references: what it should be, one of
+    them; SQuAD's measures take the best (Rajpurkar et al., 2016)."""
 
     loss: tuple[float, float]
     said: np.ndarray
     expected: np.ndarray
     text: str
-    reference: str
+    references: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -112,12 +113,13 @@ class HeadEvaluator:
         assert document.labels is not None
         target = document.labels["target"]
         if self.task == "question_answering":
-            reference = example.target.answers[0] if _has_answer(example) else ""  # type: ignore[union-attr]
+            assert isinstance(example.target, Span)
             none = np.zeros(0)
-            return Said(loss, none, none, self._answer(example, logits), reference)
+            answers = example.target.answers or ("",)
+            return Said(loss, none, none, self._answer(example, logits), answers)
         if self.task == "regression":
             value = logits[0].numpy()
-            return Said(loss, value, target[:1], f"{value[0]:.4g}", f"{target[0]:.4g}")
+            return Said(loss, value, target[:1], f"{value[0]:.4g}", (f"{target[0]:.4g}",))
         expected = target.astype(np.int64)
         expected = expected[expected >= 0]
         assert self.classes is not None
@@ -126,7 +128,7 @@ class HeadEvaluator:
             said = np.flatnonzero(holds.numpy())
         else:
             said = logits.argmax(-1).numpy()
-        return Said(loss, said, expected, self._named(said), self._named(expected))
+        return Said(loss, said, expected, self._named(said), (self._named(expected),))
 
     def _named(self, classes: np.ndarray) -> str:
         assert self.classes is not None
@@ -161,9 +163,9 @@ class HeadEvaluator:
             case "loss":
                 return one.loss
             case "exact_match":
-                return exact_match(one.text, one.reference)
+                return max(squad_exact_match(one.text, answer)[0] for answer in one.references), 1.0
             case "f1":
-                return f1(one.text, one.reference)
+                return max(f1(one.text, answer)[0] for answer in one.references), 1.0
             case "mae":
                 return float(abs(one.said[0] - one.expected[0])), 1.0
             case "pearson":
@@ -179,7 +181,7 @@ class HeadEvaluator:
 
     def _answers(self, said: Sequence[Said]) -> list[Answer]:
         return [
-            Answer(example.where, _prompt(example), one.reference, one.text)
+            Answer(example.where, _prompt(example), one.references[0], one.text)
             for example, one in zip(self.examples, said, strict=True)
         ]
 
@@ -190,10 +192,6 @@ class HeadEvaluator:
         for one in said:
             np.add.at(counts, (one.expected, one.said), 1)
         return {"labels": names, "counts": counts.tolist()}
-
-
-def _has_answer(example: Example) -> bool:
-    return isinstance(example.target, Span) and bool(example.target.answers)
 
 
 def _prompt(example: Example) -> str:

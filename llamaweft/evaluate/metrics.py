@@ -58,6 +58,11 @@ def f1(answer: str, reference: str) -> Parts:
     return 2 * same / (got.total() + expected.total()), 1.0
 
 
+def squad_exact_match(answer: str, reference: str) -> Parts:
+    """1 where both say the same words, by SQuAD's definition (Rajpurkar et al., 2016)."""
+    return float(_squad_words(answer) == _squad_words(reference)), 1.0
+
+
 def field_f1(answer: str, reference: str) -> Parts:
     """F1 of the leaves of the JSON value: a leaf is right where path and value are. Counted over
     all rows together (micro)."""

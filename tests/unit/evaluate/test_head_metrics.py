@@ -12,7 +12,7 @@ from sklearn.preprocessing import MultiLabelBinarizer
 
 from llamaweft.data.chat import Document
 from llamaweft.data.classes import Classes
-from llamaweft.data.example import Example, Labels
+from llamaweft.data.example import Example, Labels, Span
 from llamaweft.data.targets import LABEL, LAST, NO_CLASS
 from llamaweft.evaluate.bootstrap import compare, ratio
 from llamaweft.evaluate.head_evaluator import HeadEvaluator
@@ -166,3 +166,32 @@ def test_every_metric_of_a_head_is_tested_in_its_own_direction() -> None:
     worse, better = [(2.0, 1.0)] * 8, [(1.0, 1.0)] * 8
     assert compare(worse, better, HEAD_SCORES["mae"], lower_is_better=True).verdict == "better"
     assert HEAD_SCORES["accuracy"] is ratio
+
+
+def test_an_answer_is_measured_against_the_nearest_of_the_references(tokenizer) -> None:
+    """As SQuAD's evaluation does: without articles, case and punctuation, the best of all."""
+    context = "The Nile, in Egypt, is long."
+    target = Span("Which river?", context, ("Egypt", "The Nile"), (13, 0))
+    example = Example("a row", target=target)
+    encoding = tokenizer.backend_tokenizer.encode(target.question, context)
+    logits = torch.zeros(len(encoding.ids), 2)
+    logits[encoding.char_to_token(4, 1), 0] = 5  # "Nile,": neither article nor punctuation count
+    logits[encoding.char_to_token(8, 1), 1] = 5
+    labels = np.array([(1, 0, 0.5), (1, 1, 0.5)], LABEL)
+    ids = np.array(encoding.ids, np.int32)
+    evaluator = HeadEvaluator(
+        task="question_answering",
+        metrics=["exact_match", "f1"],
+        documents=[Document(ids, np.zeros(len(ids), np.float32), "a row", labels)],
+        examples=[example],
+        tokenizer=tokenizer,
+        classes=None,
+        outputs=lambda model, documents: [(logits, (1.0, 1.0))],
+        micro_batch_tokens=100,
+    )
+    found = evaluator.measure(torch.nn.Module())
+    assert found["answers"][0]["answer"] == "Nile,"
+    assert {name: value["value"] for name, value in found["metrics"].items()} == {
+        "exact_match": 1.0,
+        "f1": 1.0,
+    }
