@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llamaweft.adapters.folder import CONFIG, check_same_adapter, load_adapter_state, read_adapter
 from llamaweft.adapters.lora import LAYER_LINEARS, LoraConfig, inject
-from llamaweft.data.chat import special_ids
+from llamaweft.data.chat import Document, special_ids
 from llamaweft.data.loader import Loader
 from llamaweft.data.prepare import Preparation, Prepared
 from llamaweft.data.targets import HEAD_TASKS
@@ -42,6 +42,9 @@ LARGE_TENSOR_BYTES = 8 * 2**20
 
 FRAGMENT_BYTES = 96 * 2**20
 """What the C library holds on to otherwise. docs/plan.md has what was measured."""
+
+ENDS = ("begins", "ends")
+"""What the two targets of an answer are called."""
 
 LEAST_CACHE_BYTES = 32 * 2**20
 """Keys and values of answers take so much, whatever the budget says."""
@@ -126,6 +129,16 @@ class Pieces:
             many=classes is not None and classes.many,
             label_smoothing=self.recipe.training.label_smoothing,
         )
+
+    def label_names(self, document: Document) -> list[str]:
+        """What a head should say of a document, as a person reads it."""
+        assert document.labels is not None
+        targets, classes = document.labels["target"].tolist(), self.data.classes
+        if self.recipe.task == "question_answering":
+            return [ENDS[int(target)] for target in targets]
+        if classes is None:
+            return [f"{target:g}" for target in targets]
+        return [classes.names[int(t)] if t >= 0 else "no class" for t in targets]
 
     @property
     def base_weights(self) -> str:

@@ -43,6 +43,7 @@ def show(
             "tokens": [pipeline.tokenizer.decode([token]) for token in document.ids.tolist()],
             "trained": (document.weights > 0).tolist(),
         }
+        | ({} if document.labels is None else {"labels": pipeline.label_names(document)})
         for document in documents
     ]
     if json_output:
@@ -54,6 +55,8 @@ def show(
             f"[bold]{escape(row['where'])}[/bold]  {len(row['ids'])} tokens, {trained} trained"
         )
         out.print(_coloured(pipeline.tokenizer, row), soft_wrap=True)
+        if "labels" in row:
+            out.print(Text(f"labels: {', '.join(row['labels'])}"))
         out.print()
     out.print("[green underline]trained[/green underline]  [dim]context[/dim]")
 

@@ -107,6 +107,10 @@ def write_task(folder: Path, tiny_folder: Path, task: str, **training) -> Path:
 @pytest.mark.parametrize("task", METRICS)
 def test_a_task_from_rows_to_export(tiny_folder: Path, tmp_path: Path, command, task: str) -> None:
     write_task(tmp_path, tiny_folder, task)
+    (shown,) = json.loads(command("data", "show", "recipe.yaml", "--rows", "1", "--json"))
+    row = row_of(task, int(shown["where"].rpartition(" ")[2]) - 1)
+    said = {TAGS: row.get("tags"), ANSWERS: ["begins", "ends"]}.get(task, [row.get("label")])
+    assert shown["labels"] == [f"{name:g}" if task == NUMBER else name for name in said]
     command("train", "recipe.yaml")
     evaluation = json.loads((tmp_path / "run/evaluation.json").read_text())
     before, after = (evaluation[side]["metrics"] for side in ("before", "after"))
