@@ -10,7 +10,6 @@ whose text is the same are taken once; a mail is held out by a hash of its text.
 from __future__ import annotations
 
 import email
-import email.policy
 import json
 import re
 import sys
@@ -23,7 +22,7 @@ HELD_OUT = 0.2
 
 def text_of(raw: bytes) -> str:
     """Subject and first plain or HTML part, without tags and runs of white space."""
-    mail = email.message_from_bytes(raw, policy=email.policy.compat32)
+    mail = email.message_from_bytes(raw)
     parts = [part for part in mail.walk() if part.get_content_maintype() == "text"]
     body = ""
     if parts:

@@ -209,12 +209,19 @@ class Pieces:
 
     @property
     def shares_prefixes(self) -> bool:
-        """Whether documents that begin alike share that: not where each would see it otherwise, nor
-        where a head reads all of a document."""
-        training = self.recipe.training
-        if self.recipe.task == "question_answering" or training.neftune_noise_alpha is not None:
-            return False
-        return self.lora is None or self.lora.lora_dropout == 0
+        """Whether documents that begin alike share that."""
+        return self._unshared_because is None
+
+    @property
+    def _unshared_because(self) -> str | None:
+        """Why each document is computed by itself, where it must be."""
+        if self.recipe.task == "question_answering":
+            return "the head reads all of it"
+        if self.recipe.training.neftune_noise_alpha is not None:
+            return "training.neftune_noise_alpha adds other noise to each"
+        if self.lora is not None and self.lora.lora_dropout > 0:
+            return "adapter.lora_dropout drops others in each"
+        return None
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -362,12 +369,5 @@ class Pieces:
             "prefixes": f"{given - computed:,} of {given:,} tokens an epoch are spared, "
             f"{1 - computed / given:.0%}: what documents of a pack begin with in common"
             if self.shares_prefixes
-            else "computed for each document: "
-            + (
-                "the head reads all of it"
-                if self.recipe.task == "question_answering"
-                else "training.neftune_noise_alpha adds other noise to each"
-                if self.recipe.training.neftune_noise_alpha is not None
-                else "adapter.lora_dropout drops others in each"
-            ),
+            else f"computed for each document: {self._unshared_because}",
         }

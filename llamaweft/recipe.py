@@ -35,7 +35,7 @@ from llamaweft.settings import (
 OF_TURNS = ("train_on", "chat_template")
 """Keys of `data` that only chats have."""
 OF_CLASSES = ("sequence_classification", "token_classification")
-OF_TEXTS = ("sequence_classification", "question_answering")
+OF_WHOLE_TEXTS = ("sequence_classification", "regression", "question_answering")
 
 
 class Recipe(Section):
@@ -101,7 +101,7 @@ class Recipe(Section):
             raise ValueError(f"task: {self.task} has no classes; remove head.class_weights")
         if self.training.label_smoothing and self.task == "regression":
             raise ValueError("task: regression has no classes; remove training.label_smoothing")
-        if self.data.on_too_long == "split" and self.task in ("regression", *OF_TEXTS):
+        if self.data.on_too_long == "split" and self.task in OF_WHOLE_TEXTS:
             raise ValueError(
                 f"data.on_too_long: split would cut a text off from its label (task: {self.task}); "
                 "use drop or truncate"
