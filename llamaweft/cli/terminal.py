@@ -92,7 +92,10 @@ def preparing(pipeline: Any) -> Iterator[None]:
 
 
 class TrainingProgress:
-    """A listener and a counter of answers: bars on stderr with step, loss, rate, time left."""
+    """A listener and a counter of answers: bars on stderr with step, loss, rate, time left.
+
+    Of several runs, `named` gives each a bar of its own.
+    """
 
     def __init__(self) -> None:
         self._progress = Progress(
@@ -105,7 +108,7 @@ class TrainingProgress:
             TimeRemainingColumn(),
             console=err,
         )
-        self._training: TaskID | None = None
+        self._training: dict[str, TaskID] = {}
         self._answers: TaskID | None = None
         self._rows: TaskID | None = None
 
@@ -120,23 +123,31 @@ class TrainingProgress:
         self._progress.console.print(f"[dim]{escape(text)}[/dim]")
 
     def __call__(self, event: Event) -> None:
+        self._told("training", event)
+
+    def named(self, name: str) -> Callable[[Event], None]:
+        """A listener of one run of several."""
+        return lambda event: self._told(name, event)
+
+    def _told(self, name: str, event: Event) -> None:
+        of = "" if name == "training" else f"{name}: "
         match event:
             case Started():
                 if self._rows is not None:
                     self._progress.remove_task(self._rows)
                     self._rows = None
-                self._training = self._progress.add_task(
-                    "training", total=event.total_steps, completed=event.step, note=""
+                self._training[name] = self._progress.add_task(
+                    name, total=event.total_steps, completed=event.step, note=""
                 )
-            case StepEnded() if self._training is not None:
+            case StepEnded() if name in self._training:
                 note = f"loss {event.loss:.3f}  {event.tokens_per_second:.0f} tokens/s"
-                self._progress.update(self._training, completed=event.step, note=note)
+                self._progress.update(self._training[name], completed=event.step, note=note)
             case Validated():
                 values = "  ".join(f"{name} {value:.4g}" for name, value in event.metrics.items())
                 best = "  (best so far)" if event.best else ""
-                self.say(f"step {event.step} on held-out rows: {values}{best}")
+                self.say(f"{of}step {event.step} on held-out rows: {values}{best}")
             case Ended(reason=reason) if reason != "finished":
-                self.say(f"ended after step {event.step}: {reason}")
+                self.say(f"{of}ended after step {event.step}: {reason}")
 
     def rows(self, done: int) -> None:
         """Told how many rows are prepared."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -38,6 +40,13 @@ def train(
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as training.seed=1."),
     ] = None,
+    sweep: Annotated[
+        bool,
+        typer.Option(
+            "--sweep",
+            help="Train a run for each combination of KEY=VALUE,VALUE on one base, and rank them.",
+        ),
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint, if any.")
     ] = False,
@@ -49,24 +58,82 @@ def train(
     """Run a recipe. Ctrl-C saves a checkpoint and exits; --resume goes on."""
     from llamaweft.pipeline import Pipeline
 
+    if sweep:
+        _sweep(recipe, overrides or [], resume, nproc, json_output)
+        return
     loaded = Recipe.load(recipe, overrides or [])
-    if nproc != 1:
-        raise UserError(
-            f"--nproc {nproc}: a recipe with parallel: {loaded.parallel} runs in 1 process; "
-            "leave --nproc out"
-        )
+    _check_processes(nproc, loaded)
     pipeline = Pipeline(loaded)
     result = run_with_progress(pipeline, resume=resume)
     if json_output:
         print_json(result)
     else:
         print_result(pipeline, result)
-    if result["reason"] in {s.name for s in STOPPED}:
-        raise typer.Exit(STOPPED[signal.Signals[result["reason"]]])
+    _exit_if_stopped([result["reason"]])
 
 
-def run_with_progress(pipeline: Any, *, resume: bool = False) -> dict[str, Any]:
-    """Train with bars on stderr; the first signal asks the run to stop, a second one ends it."""
+def _check_processes(nproc: int, loaded: Recipe) -> None:
+    if nproc != 1:
+        raise UserError(
+            f"--nproc {nproc}: a recipe with parallel: {loaded.parallel} runs in 1 process; "
+            "leave --nproc out"
+        )
+
+
+def _exit_if_stopped(reasons: Sequence[str]) -> None:
+    """Exit as a run does that was asked to stop, where one was."""
+    for handled, code in STOPPED.items():
+        if handled.name in reasons:
+            raise typer.Exit(code)
+
+
+def _sweep(
+    recipe: Path, overrides: Sequence[str], resume: bool, nproc: int, json_output: bool
+) -> None:
+    from llamaweft.sweep import Sweep, split_axes
+
+    fixed, axes = split_axes(overrides)
+    loaded = Recipe.load(recipe, fixed)
+    _check_processes(nproc, loaded)
+    sweep = Sweep(loaded, axes)
+    first = sweep.runs[0].pipeline
+    with stopping() as stop, TrainingProgress() as progress:
+        first.on_rows, first.say = progress.rows, progress.say
+        content = sweep.train(
+            resume=resume,
+            listeners=lambda name: [progress.named(name)],
+            stop=stop,
+            say=progress.say,
+            progress=progress.answers,
+        )
+    if json_output:
+        print_json(content)
+    else:
+        _print_sweep(content)
+    _exit_if_stopped([run["reason"] for run in content["runs"]])
+
+
+def _print_sweep(content: dict[str, Any]) -> None:
+    """The runs, the best first."""
+    from llamaweft.evaluate.report import metric_table
+
+    metric = content["metric"]
+    shown = table(f"By {metric} on held-out rows", "", "run", metric, "against the best", "step")
+    for rank, run in enumerate(content["runs"], 1):
+        if "metrics" not in run:
+            shown.add_row("", escape(Path(run["folder"]).name), run["reason"], "", str(run["step"]))
+            continue
+        side = {"name": "", "before": {"metrics": run["metrics"]}, "after": None}
+        value = next(row[1] for row in metric_table(side) if row[0] == metric)
+        verdict = run.get("difference", {}).get("verdict", "" if rank == 1 else "other rows")
+        name = Path(run["folder"]).name
+        shown.add_row(str(rank), *(escape(c) for c in (name, value, verdict, str(run["step"]))))
+    out.print(shown)
+
+
+@contextmanager
+def stopping() -> Iterator[StopRequest]:
+    """The first signal asks to stop, a second one ends the process."""
     stop = StopRequest()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -76,28 +143,33 @@ def run_with_progress(pipeline: Any, *, resume: bool = False) -> dict[str, Any]:
 
     before = {handled: signal.signal(handled, on_signal) for handled in STOPPED}
     try:
-        with TrainingProgress() as progress:
-            first_lines_said = False
-            pipeline.on_rows, pipeline.say = progress.rows, progress.say
-
-            def say(text: str) -> None:
-                nonlocal first_lines_said
-                if text.startswith("loading the model") and not first_lines_said:
-                    first_lines_said = True
-                    for name, decision in pipeline.decisions().items():
-                        progress.say(f"{name}: {decision}")
-                progress.say(text)
-
-            return pipeline.train(
-                resume=resume,
-                listeners=[progress],
-                stop=stop,
-                say=say,
-                progress=progress.answers,
-            )
+        yield stop
     finally:
         for handled, previous in before.items():
             signal.signal(handled, previous)
+
+
+def run_with_progress(pipeline: Any, *, resume: bool = False) -> dict[str, Any]:
+    """Train with bars on stderr; the first signal asks the run to stop, a second one ends it."""
+    with stopping() as stop, TrainingProgress() as progress:
+        first_lines_said = False
+        pipeline.on_rows, pipeline.say = progress.rows, progress.say
+
+        def say(text: str) -> None:
+            nonlocal first_lines_said
+            if text.startswith("loading the model") and not first_lines_said:
+                first_lines_said = True
+                for name, decision in pipeline.decisions().items():
+                    progress.say(f"{name}: {decision}")
+            progress.say(text)
+
+        return pipeline.train(
+            resume=resume,
+            listeners=[progress],
+            stop=stop,
+            say=say,
+            progress=progress.answers,
+        )
 
 
 def print_result(pipeline: Any, result: dict[str, Any]) -> None:
@@ -113,9 +185,10 @@ def print_result(pipeline: Any, result: dict[str, Any]) -> None:
             f"stopped by training.max_seconds and saved after step {result['step']}; raise it and "
             "--resume to go on"
         )
+    shown = folder.adapter if folder.adapter.exists() else folder.model
     if result["evaluation"]:
         print_evaluation(result["evaluation"])
-    shown = folder.adapter if folder.adapter.exists() else folder.model
+        print_forgetting(result["evaluation"], str(shown))
     use = "measure it" if pipeline.head is not None else "talk to it"
     verb = "evaluate" if pipeline.head is not None else "chat"
     out.print(
@@ -135,7 +208,25 @@ def print_evaluation(content: dict[str, Any], before: str = "before", after: str
     """The metric table, with the verdicts of the paired test."""
     from llamaweft.evaluate.report import metric_table
 
+    if not content["before"]["metrics"]:
+        return
     shown = table(f"On {content['name']}", "metric", before, after, "")
     for row in metric_table(content):
         shown.add_row(*(escape(cell) for cell in row))
     out.print(shown)
+
+
+def print_forgetting(content: dict[str, Any], weights: str) -> None:
+    """What was forgotten, by area, and what a person should know of it."""
+    from llamaweft.evaluate.forgetting import forgetting_notes
+    from llamaweft.evaluate.report_forgetting import COLUMNS, forgetting_view
+
+    view = forgetting_view(content.get("forgetting"))
+    if view is None:
+        return
+    shown = table(f"Forgetting, on {view['summary']}", *(column.lower() for column in COLUMNS))
+    for row in view["rows"]:
+        shown.add_row(*(escape(cell.partition(" [")[0]) for cell in row))  # intervals: the report
+    out.print(shown)
+    for note in forgetting_notes(content["forgetting"], weights):
+        err.print(f"[yellow]{escape(note)}[/yellow]")

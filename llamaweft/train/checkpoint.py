@@ -31,7 +31,9 @@ class LoopState:
     """What the loop carries from step to step besides tensors.
 
     step: finished steps. best_value, best_step, best_metrics: the best validation so far.
-    without_gain: validations since. before: metrics of the untouched model.
+    gained_value: the value at the last gain that early stopping counts; without_gain: validations
+    since. before: metrics of the untouched model. over_budget: whether the last validation was,
+    where that ends the run.
     loss_scale: what fp16 multiplies the loss by, or None for another dtype.
     steps_at_loss_scale: steps that were taken since it changed.
     schedule: what is kept for the backward pass, as plan/memory.py writes it.
@@ -41,8 +43,10 @@ class LoopState:
     best_value: float | None = None
     best_step: int | None = None
     best_metrics: dict[str, Any] = field(default_factory=dict)
+    gained_value: float | None = None
     without_gain: int = 0
     before: dict[str, Any] = field(default_factory=dict)
+    over_budget: bool = False
     loss_scale: float | None = None
     steps_at_loss_scale: int = 0
     schedule: dict[str, Any] = field(default_factory=dict)
@@ -66,7 +70,7 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int) -> Path:
     aside.mkdir(parents=True)
     save_file(_plain(snapshot.trained), aside / TRAINED)
     save_file(_plain(snapshot.optimizer), aside / OPTIMIZER)
-    save_file(_random_state(), aside / RNG)
+    save_file(random_state(), aside / RNG)
     (aside / STATE).write_text(json.dumps(asdict(snapshot.state), indent=2))
     sums = {path.name: _sha256(path) for path in sorted(aside.iterdir())}
     (aside / CHECKSUMS).write_text(json.dumps(sums, indent=2))
@@ -100,7 +104,7 @@ def load_checkpoint(folder: Path) -> Snapshot:
             f"{folder / damaged[0]} is damaged (its checksum is wrong); delete {folder} to resume "
             "from the checkpoint before it"
         )
-    _restore_random_state(load_file(folder / RNG))
+    restore_random_state(load_file(folder / RNG))
     state = LoopState(**json.loads((folder / STATE).read_text()))
     return Snapshot(state, load_file(folder / TRAINED), load_file(folder / OPTIMIZER))
 
@@ -109,7 +113,8 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _random_state() -> dict[str, Tensor]:
+def random_state() -> dict[str, Tensor]:
+    """The state of every random generator."""
     _, keys, gauss = random.getstate()
     _, np_keys, np_position, np_has_gauss, np_gauss = np.random.get_state(legacy=True)
     state = {
@@ -124,7 +129,8 @@ def _random_state() -> dict[str, Tensor]:
     return state
 
 
-def _restore_random_state(state: dict[str, Tensor]) -> None:
+def restore_random_state(state: dict[str, Tensor]) -> None:
+    """Put back what `random_state` gave."""
     torch.set_rng_state(state["torch"])
     gauss = state["python_gauss"].tolist()
     random.setstate((3, tuple(state["python"].tolist()), gauss[0] if gauss else None))

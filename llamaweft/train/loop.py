@@ -6,12 +6,13 @@ objective, never a second loop.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from llamaweft.train.events import (
     StopRequest,
     Validated,
 )
+from llamaweft.train.in_backward import InBackward
 from llamaweft.train.optim import (
     load_optimizer_state,
     load_scaler_state,
@@ -38,7 +40,22 @@ from llamaweft.train.optim import (
 from llamaweft.train.schedule import LearningRate
 
 LOWER_IS_BETTER = ("loss", "perplexity", "mae")
+Result = TypeVar("Result")
+
 FINISHED, EARLY_STOPPING, OUT_OF_TIME = "finished", "early_stopping", "max_seconds"
+FORGETTING = "forgetting"
+COMPLETE = (FINISHED, EARLY_STOPPING, OUT_OF_TIME, FORGETTING)
+"""Reasons why a run that is over needs no more steps."""
+
+
+def exhausted(turns: Generator[None, None, Result]) -> Result:
+    """What a generator returns after its last turn."""
+    while True:
+        try:
+            next(turns)
+        except StopIteration as ended:
+            result: Result = ended.value
+            return result
 
 
 class PackLike(Protocol):
@@ -73,18 +90,24 @@ class Settings:
     evaluate_every_steps: int | None
     early_stopping_patience: int | None
     max_grad_norm: float | None
-    best_metric: str
+    best_metric: str | None
+    early_stopping_min_gain: float = 0.0
     max_seconds: float | None = None
+    stops_over_budget: bool = False
 
 
 @dataclass
 class Loop:
     """objective: a pack -> (weighted sum of losses, sum of weights).
+    constants: tensors that stay as they are, and are saved since they would not be found again.
     evaluator: () -> {metric: {"value": ..., ...}}, or None where nothing is held out.
     keep_best: called when the weights are the best so far.
+    within_budget: whether what the evaluator gave allows the weights to be the best.
     useful_flops: base matmul FLOPs that a list of packs needs.
     scaler: of fp16's gradients; a disabled one changes nothing.
+    in_backward: steps the optimizer while gradients are computed; None: after that.
     began: when the run was started, by time.perf_counter; max_seconds counts from there.
+    away_seconds: how long others had the device between two turns; no time of this run.
     """
 
     model: nn.Module
@@ -103,21 +126,35 @@ class Loop:
     device: torch.device
     state: LoopState
     began: float = field(default_factory=time.perf_counter)
+    within_budget: Callable[[dict[str, dict[str, float]]], bool] = lambda metrics: True
     longest: dict[str, float] = field(default_factory=dict)
+    away_seconds: float = 0.0
+    in_backward: InBackward | None = None
+    constants: dict[str, Tensor] = field(default_factory=dict)
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
         """Remember how long the block took, if it is the longest of its kind."""
-        began = time.perf_counter()
+        began = self._clock()
         yield
-        self.longest[what] = max(self.longest.get(what, 0), time.perf_counter() - began)
+        self.longest[what] = max(self.longest.get(what, 0), self._clock() - began)
+
+    def _clock(self) -> float:
+        """Seconds, without those that others had the device."""
+        return time.perf_counter() - self.away_seconds
+
+    def _turn(self) -> Iterator[None]:
+        """Let others have the device, if there are any."""
+        left = time.perf_counter()
+        yield
+        self.away_seconds += time.perf_counter() - left
 
     def resume(self, checkpoint: Path) -> None:
         """Put weights, optimizer, loss scale, position and random generators back."""
         snapshot = load_checkpoint(checkpoint)
         with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(snapshot.trained[name])
+            for name, tensor in (self.parameters | self.constants).items():
+                tensor.copy_(snapshot.trained[name])
         load_optimizer_state(self.optimizer, self.parameters, snapshot.optimizer)
         self.state = snapshot.state
         load_scaler_state(self.scaler, self.state.loss_scale, self.state.steps_at_loss_scale)
@@ -129,23 +166,28 @@ class Loop:
         The last step is validated and saved. A stop request only saves, so that the resumed run
         validates at the same steps as one that was never stopped.
         """
+        return exhausted(self.turns())
+
+    def turns(self) -> Generator[None, None, str]:
+        """`run`, which pauses after each micro-batch: several loops can share a device."""
         self.announce(Started(self.state.step, self.loader.total_steps))
         self.model.train()
-        last = self._is_exhausted()  # a run that stopped early stays so when it is resumed
-        reason = EARLY_STOPPING if last else FINISHED
+        done = self.state.step == self.loader.total_steps
+        ended = None if done else self._ended_early()  # it stays so when it is resumed
+        reason, last = ended or FINISHED, ended is not None
         steps = self.loader.steps(self.state.step)
         while self.state.step < self.loader.total_steps and not last:
-            began = time.perf_counter()
+            began = self._clock()
             with self.timed("step"):
-                self._step([pack.to(self.device) for pack in next(steps)], began)
+                yield from self._step([pack.to(self.device) for pack in next(steps)], began)
             last = self.state.step == self.loader.total_steps
             if not last and self._is_out_of_time():
                 reason, last = OUT_OF_TIME, True
             if self._is_due(self.settings.evaluate_every_steps, last):
                 with self.timed("validation"):
                     self._validate()
-                if self._is_exhausted() and not last:
-                    reason, last = EARLY_STOPPING, True
+                if (ended := self._ended_early()) and not last:
+                    reason, last = ended, True
             if self.stop.reason and not last:
                 reason, last = self.stop.reason, True
             if self._is_due(self.settings.checkpoint_every_steps, last):
@@ -156,19 +198,20 @@ class Loop:
         self.announce(Ended(self.state.step, reason))
         return reason
 
-    def _step(self, packs: list[PackLike], began: float) -> None:
+    def _step(self, packs: list[PackLike], began: float) -> Iterator[None]:
         """Sum, count, divide once: the loss is the mean over the whole global batch."""
         count = torch.stack([pack.label_weight_N.sum() for pack in packs]).sum()
-        loss = 0.0
+        loss, rate = 0.0, self.learning_rate(self.state.step + 1)
+        set_learning_rate(self.optimizer, rate)
         for pack in packs:
             total, _ = self.objective(pack)
             mean = total / count
             self.scaler.scale(mean).backward()
             loss += mean.item()
+            yield from self._turn()
         self.state.step += 1
-        rate = self.learning_rate(self.state.step)
-        norm = self._update(rate)
-        seconds = time.perf_counter() - began
+        norm = self._update() if self.in_backward is None else self.in_backward.norm()
+        seconds = self._clock() - began
         tokens = sum(pack.document_tokens for pack in packs)
         self.announce(
             StepEnded(
@@ -188,7 +231,7 @@ class Loop:
             )
         )
 
-    def _update(self, rate: float) -> float:
+    def _update(self) -> float:
         """Clip the gradient, step, forget it; returns its norm before clipping.
 
         Where fp16 overflowed the norm is not finite, the weights stay and the loss scale is
@@ -199,7 +242,6 @@ class Loop:
         norm = nn.utils.clip_grad_norm_(
             self.parameters.values(), float("inf") if limit is None else limit
         )
-        set_learning_rate(self.optimizer, rate)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -220,36 +262,53 @@ class Loop:
             return
         metrics = self.evaluator()
         self.model.train()
-        value = metrics[self.settings.best_metric]["value"]
-        best = self.state.best_value is None or (
-            value < self.state.best_value
-            if self.settings.best_metric in LOWER_IS_BETTER
-            else value > self.state.best_value
-        )
+        value = self._first(metrics)
+        within = self.within_budget(metrics)
+        best = within and self._gain(value, self.state.best_value) > 0
+        self.state.over_budget = self.settings.stops_over_budget and not within
         if best:
             self.keep_best()
             self.state.best_value, self.state.best_step = value, self.state.step
-            self.state.best_metrics, self.state.without_gain = metrics, 0
+            self.state.best_metrics = metrics
+        if self._gain(value, self.state.gained_value) > self.settings.early_stopping_min_gain:
+            self.state.gained_value, self.state.without_gain = value, 0
         else:
             self.state.without_gain += 1
         values = {name: metric["value"] for name, metric in metrics.items()}
         self.announce(Validated(self.state.step, values, best))
+
+    def _first(self, metrics: dict[str, dict[str, float]]) -> float:
+        """The value that picks the best; without a metric for it, the step: the last is best."""
+        metric = self.settings.best_metric
+        return float(self.state.step) if metric is None else metrics[metric]["value"]
+
+    def _gain(self, value: float, before: float | None) -> float:
+        """How much better a value of the first metric is; minus infinity where it is no number."""
+        if math.isnan(value):
+            return -math.inf
+        if before is None:
+            return math.inf
+        return before - value if self.settings.best_metric in LOWER_IS_BETTER else value - before
 
     def _is_out_of_time(self) -> bool:
         """Whether another step, and validating and saving after it, would end too late."""
         if self.settings.max_seconds is None:
             return False
         needed = sum(self.longest.values())
-        return time.perf_counter() - self.began + needed > self.settings.max_seconds
+        return self._clock() - self.began + needed > self.settings.max_seconds
 
-    def _is_exhausted(self) -> bool:
+    def _ended_early(self) -> str | None:
+        """Why the last validation ends the run; None where it does not."""
+        if self.state.over_budget:
+            return FORGETTING
         patience = self.settings.early_stopping_patience
-        return patience is not None and self.state.without_gain >= patience
+        exhausted = patience is not None and self.state.without_gain >= patience
+        return EARLY_STOPPING if exhausted else None
 
     def _save(self) -> None:
         snapshot = Snapshot(
             self.state,
-            {name: parameter.detach() for name, parameter in self.parameters.items()},
+            {name: t.detach() for name, t in (self.parameters | self.constants).items()},
             optimizer_state(self.optimizer, self.parameters),
         )
         folder = save_checkpoint(

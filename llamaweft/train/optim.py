@@ -84,8 +84,13 @@ def build_optimizer(
         optimizer = AdamW8bit(groups, betas=betas, eps=eps)
     else:
         optimizer = torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
-    optimizer.register_step_post_hook(lambda *_: increment_version(list(parameters.values())))
+    optimizer.register_step_post_hook(_raise_versions)
     return optimizer
+
+
+def _raise_versions(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Of the parameters that were stepped; others may be in the midst of a backward pass."""
+    increment_version([p for group in optimizer.param_groups for p in group["params"]])
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

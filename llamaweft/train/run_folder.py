@@ -25,6 +25,7 @@ class RunFolder:
         self.adapter = root / "adapter"
         self.model = root / "model"
         self.evaluation = root / "evaluation.json"
+        self.forgetting = root / "forgetting.safetensors"
         self.report_md = root / "report.md"
         self.report_html = root / "report.html"
         self._lock: TextIO | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,6 +134,53 @@ def test_the_best_is_kept_and_patience_ends_the_run(tiny_folder: Path, tmp_path:
     assert (loop.state.step, loop.state.best_step, loop.state.best_value) == (4, 2, 1.0)
     assert [e.best for e in seen if isinstance(e, Validated)] == [True, True, False, False]
     assert seen[-1] == Ended(4, "early_stopping")
+
+
+def test_a_gain_too_small_to_count_is_kept_but_does_not_renew_patience(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """From 1.0, the gains to 0.95 and to 0.9 are below 0.2 alone and together; 0.7 counts."""
+    steps = [[Pack.from_documents(documents()[:1])] for _ in range(9)]
+    for values, ended in (([1.0, 0.95, 0.9, 0.5], 3), ([1.0, 0.95, 0.7, 0.69, 0.68], 5)):
+        loop, seen = loop_over(
+            steps,
+            tiny_folder,
+            tmp_path,
+            evaluator=scripted(values),
+            evaluate_every_steps=1,
+            early_stopping_patience=2,
+            early_stopping_min_gain=0.2,
+        )
+        assert loop.run() == "early_stopping"
+        assert loop.state.step == loop.state.best_step == ended
+        assert all(e.best for e in seen if isinstance(e, Validated))
+
+
+def test_what_is_no_number_is_never_the_best(tiny_folder: Path, tmp_path: Path) -> None:
+    steps = [[Pack.from_documents(documents()[:1])] for _ in range(3)]
+    loop, _ = loop_over(
+        steps,
+        tiny_folder,
+        tmp_path,
+        evaluator=scripted([float("nan"), 2.0, float("nan")]),
+        evaluate_every_steps=1,
+    )
+    loop.run()
+    assert (loop.state.best_step, loop.state.best_value) == (2, 2.0)
+
+
+def test_turns_of_others_are_no_time_of_a_step(tiny_folder: Path, tmp_path: Path) -> None:
+    packs = [Pack.from_documents(documents()[:1])] * 2
+    loop, seen = loop_over([packs], tiny_folder, tmp_path, max_seconds=1000.0)
+    turns = loop.turns()
+    for _ in packs:
+        next(turns)
+        time.sleep(0.5)
+    with pytest.raises(StopIteration):
+        next(turns)
+    (step,) = (e for e in seen if isinstance(e, StepEnded))
+    assert loop.away_seconds > 0.9
+    assert step.seconds < 0.5
 
 
 def test_a_stop_request_saves_and_does_not_validate(tiny_folder: Path, tmp_path: Path) -> None:
