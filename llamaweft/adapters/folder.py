@@ -11,8 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llamaweft.adapters.lora import DoraLinear, LoraConfig, lora_layers
+from llamaweft.adapters.lora import DoraLinear, LoraConfig, PissaLinear, lora_layers
+from llamaweft.adapters.token_rows import INDICES, token_indices, token_rows
+from llamaweft.adapters.whole import modules_to_save, peft_names
 from llamaweft.errors import UserError
+from llamaweft.weights.grown import ROWS
 
 HEADS = ("score", "qa_outputs")
 """Modules that an adapter folder may hold whole, by their names in transformers."""
@@ -21,11 +24,14 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The trained tensors under PEFT's names."""
+    """The trained tensors under PEFT's names; of PiSSA copies, with where it started."""
     state = {}
     for name, layer in lora_layers(model).items():
-        state[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A.detach()
-        state[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B.detach()
+        pair = layer.lora_A.detach(), layer.lora_B.detach()
+        if isinstance(layer, PissaLinear):
+            pair = layer.stacked()
+        for half, tensor in zip(_PAIR, pair, strict=True):
+            state[f"base_model.model.{name}.{half}"] = tensor
         if isinstance(layer, DoraLinear):
             state[f"base_model.model.{name}.lora_magnitude_vector"] = (
                 layer.lora_magnitude_vector.detach()
@@ -33,20 +39,16 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     for head in modules_to_save(model):
         for name, tensor in model.get_submodule(head).named_parameters():
             state[f"base_model.model.{head}.{name}"] = tensor.detach()
-    return state
-
-
-def modules_to_save(model: nn.Module) -> tuple[str, ...]:
-    """Modules that are trained whole beside the adapter, as the model names them."""
-    return tuple(getattr(model, "modules_to_save", ()))
+    return state | token_rows(model)
 
 
 def load_adapter_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Copy tensors under PEFT's names into the adapted layers.
+    """Copy tensors under PEFT's names into the adapted layers and what is trained whole.
 
-    Raises UserError when a tensor is missing, left over or of another shape.
+    Raises UserError when a tensor is missing, left over or of another shape, or where embedding and
+    head differ and the model has one matrix for both.
     """
-    own = adapter_state(model)
+    own, filled = adapter_state(model), dict[int, str]()
     if unknown := sorted(state.keys() ^ own.keys()):
         raise UserError(
             f"{where} does not fit this model: {unknown[0]} is on one side only "
@@ -58,15 +60,29 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor], where: str) -
                 f"{where}: {name} has shape {tuple(state[name].shape)}, this model needs "
                 f"{tuple(tensor.shape)}; use the base model it was trained on"
             )
+        first = filled.setdefault(tensor.data_ptr(), name)
+        if not torch.equal(state[first], state[name]):
+            raise UserError(
+                f"{where}: {first} and {name} differ, and the base model has one matrix for both; "
+                "merge the adapter with what trained it, and use that as the model"
+            )
         with torch.no_grad():
             tensor.copy_(state[name])
+    for name, layer in lora_layers(model).items():
+        if isinstance(layer, PissaLinear):
+            layer.unstack(*(state[f"base_model.model.{name}.{half}"] for half in _PAIR))
 
 
 def save_adapter(model: nn.Module, config: LoraConfig, base: str, folder: Path) -> None:
     """Write the adapter folder. `base`: absolute path or hub id of the base model, which PEFT
     opens under `base_model_name_or_path`."""
+    config = config.saved
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state(model).items()}
+    state, seen = {}, set[int]()
+    for name, tensor in adapter_state(model).items():
+        shared = tensor.data_ptr() in seen  # of a tied matrix safetensors wants two copies
+        seen.add(tensor.data_ptr())
+        state[name] = tensor.clone() if shared else tensor.cpu().contiguous()
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     content: dict[str, Any] = {
         "peft_type": "LORA",
@@ -82,7 +98,8 @@ def save_adapter(model: nn.Module, config: LoraConfig, base: str, folder: Path) 
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": list(modules_to_save(model)) or None,
+        "modules_to_save": peft_names(model) or None,
+        INDICES: token_indices(model),
     }
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
 
@@ -102,8 +119,6 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, str, dict[str, Tensor]]:
         for key, plain in _PLAIN.items()
         if content.get(key, plain) not in (plain, None)
     ]
-    whole = content.get("modules_to_save") or []
-    refused += [f"modules_to_save: {name}" for name in whole if name not in HEADS]
     if refused:
         raise UserError(f"the adapter {folder} has {refused[0]}, which is not supported")
     targets = content["target_modules"]
@@ -119,8 +134,18 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, str, dict[str, Tensor]]:
         use_rslora=content.get("use_rslora", False),
         target_modules=tuple(targets),
         use_dora=content.get("use_dora", False),
+        modules_to_save=_whole_modules(state),
     )
     return config, content["base_model_name_or_path"], state
+
+
+def _whole_modules(state: dict[str, Tensor]) -> tuple[str, ...]:
+    """The modules that an adapter's tensors hold whole, but for a head of the task's own, by their
+    names in a causal model."""
+    names = [name.removeprefix("base_model.model.") for name in state]
+    modules = [n.rpartition(".")[0] for n in names if ".lora_" not in n and ROWS not in n]
+    causal = [name.replace("transformer.", "model.", 1) for name in modules if name not in HEADS]
+    return tuple(dict.fromkeys(causal))
 
 
 def check_same_adapter(wanted: LoraConfig, found: LoraConfig, folder: Path) -> None:
@@ -142,8 +167,11 @@ def _in_recipe(config: LoraConfig) -> dict[str, Any]:
         "lora_alpha": config.lora_alpha,
         "use_rslora": config.use_rslora,
         "target_modules": sorted(config.target_modules),
+        "modules_to_save": sorted(config.modules_to_save),
     }
 
+
+_PAIR = ("lora_A.weight", "lora_B.weight")
 
 _PLAIN: dict[str, Any] = {
     "peft_type": "LORA",

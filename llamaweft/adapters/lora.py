@@ -9,8 +9,8 @@ T: tokens   I: input features   O: output features   R: rank
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llamaweft.adapters.dora import DoraProduct, factors, row_norms
+from llamaweft.adapters.pissa import PissaProduct, check_rank, difference, principal
 from llamaweft.errors import UserError
 from llamaweft.weights.frozen import FrozenWeight
 from llamaweft.weights.linear import Linear
@@ -28,7 +29,8 @@ LAYER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What PEFT's LoraConfig calls by the same names."""
+    """What PEFT's LoraConfig calls by the same names; init_lora_weights: default, pissa or
+    pissa_niter_N. modules_to_save: names in the causal model; who builds it trains them."""
 
     r: int = 16
     lora_alpha: float = 32
@@ -36,10 +38,26 @@ class LoraConfig:
     use_rslora: bool = False
     target_modules: tuple[str, ...] = LAYER_LINEARS
     use_dora: bool = False
+    init_lora_weights: str = "default"
+    modules_to_save: tuple[str, ...] = ()
 
     @property
     def scaling(self) -> float:
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    @property
+    def is_pissa(self) -> bool:
+        return self.init_lora_weights != "default"
+
+    @property
+    def saved(self) -> LoraConfig:
+        """What an adapter folder says: of PiSSA a plain adapter of twice the rank, whose
+        lora_alpha grows so that the scaling stays."""
+        if not self.is_pissa:
+            return self
+        growth = math.sqrt(2) if self.use_rslora else 2
+        alpha = growth * self.lora_alpha
+        return replace(self, r=2 * self.r, lora_alpha=alpha, init_lora_weights="default")
 
 
 class LoraLinear(nn.Module):
@@ -114,6 +132,58 @@ class DoraLinear(LoraLinear):
         return super().merged() * factors(self.lora_magnitude_vector, self.norm())[:, None]
 
 
+class PissaLinear(LoraLinear):
+    """A frozen linear layer with the update of its principal part (adapters/pissa.py).
+
+    initial_A, initial_B: where A and B started. Until `start` or `unstack` fills them they are
+    zeros, and the layer is a plain LoraLinear.
+    """
+
+    initial_A: Tensor
+    initial_B: Tensor
+
+    def __init__(self, base_layer: Linear, config: LoraConfig) -> None:
+        super().__init__(base_layer, config)
+        assert not config.lora_dropout
+        self.register_buffer("initial_A", torch.zeros_like(self.lora_A))
+        self.register_buffer("initial_B", torch.zeros_like(self.lora_B))
+
+    @torch.no_grad()
+    def start(self, init_lora_weights: str) -> None:
+        """Put A and B to the principal part of W, as `init_lora_weights` says."""
+        w_OI, rank = self.base_layer.dequantised(), len(self.lora_A)
+        a_RI, b_OR = principal(w_OI, rank, init_lora_weights, self.scaling)
+        self._fill(a_RI, b_OR, a_RI, b_OR)
+
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        """[A; A0] and [B, -B0]: the same update as a plain adapter, as PEFT converts it."""
+        a_SI = torch.cat([self.lora_A.detach(), self.initial_A])
+        return a_SI, torch.cat([self.lora_B.detach(), -self.initial_B], dim=1)
+
+    @torch.no_grad()
+    def unstack(self, a_SI: Tensor, b_OS: Tensor) -> None:
+        """Take back what `stacked` gave."""
+        rank = len(self.lora_A)
+        self._fill(a_SI[:rank], b_OS[:, :rank], a_SI[rank:], -b_OS[:, rank:])
+
+    def _fill(self, a_RI: Tensor, b_OR: Tensor, initial_a: Tensor, initial_b: Tensor) -> None:
+        self.lora_A.copy_(a_RI)
+        self.lora_B.copy_(b_OR)
+        self.initial_A.copy_(initial_a)
+        self.initial_B.copy_(initial_b)
+
+    def forward(self, x_TI: Tensor, given: Tensor | None = None) -> Tensor:
+        initial, weight = (self.initial_A, self.initial_B), self.base_layer.weight
+        return PissaProduct.apply(
+            x_TI, self.lora_A, self.lora_B, *initial, weight, self.scaling, (given,)
+        )
+
+    def merged(self) -> Tensor:
+        """w_OI + scaling * (B A - B0 A0), in fp32."""
+        a_SI, b_OS = difference(self.lora_A, self.lora_B, self.initial_A, self.initial_B)
+        return self.base_layer.dequantised() + self.scaling * (b_OS @ a_SI)
+
+
 class _LoraProduct(torch.autograd.Function):
     """y = x w^T + s (seen A^T) B^T, where `seen` is x after dropout (None: x itself).
 
@@ -157,10 +227,10 @@ class _LoraProduct(torch.autograd.Function):
 
 
 def inject(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Replace the targeted linear layers of `model` by LoraLinear or DoraLinear, freeze everything
-    else, and return the names of the layers.
+    """Replace the targeted linear layers of `model` by LoraLinear or a relative, freeze everything
+    else, and return the names of the layers. PissaLinear is yet to be started or filled.
 
-    Raises UserError when a target matches no layer.
+    Raises UserError when a target matches no layer, or is too small for PiSSA's rank.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -172,7 +242,9 @@ def inject(model: nn.Module, config: LoraConfig) -> list[str]:
                 f"adapter.target_modules: no linear layer is called {target!r}; there are {known}"
             )
     chosen = [n for n in linears if any(_matches(n, target) for target in config.target_modules)]
-    kind = DoraLinear if config.use_dora else LoraLinear
+    if config.is_pissa and chosen:
+        check_rank(config.r, {n: (linears[n].out_features, linears[n].in_features) for n in chosen})
+    kind = DoraLinear if config.use_dora else PissaLinear if config.is_pissa else LoraLinear
     for name in chosen:
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, kind(linears[name], config))
@@ -189,6 +261,24 @@ def loraplus_ratios(parameters: Iterable[str], ratio: float) -> dict[str, float]
     create_loraplus_optimizer."""
     faster = (".lora_B", ".lora_magnitude_vector")
     return {name: ratio for name in parameters if name.endswith(faster)}
+
+
+def start_pissa(model: nn.Module, config: LoraConfig, say: Callable[[str], None]) -> None:
+    """Start every PissaLinear of `model` from its matrix, one after the other."""
+    layers = [layer for layer in lora_layers(model).values() if isinstance(layer, PissaLinear)]
+    say(f"taking the singular values of {len(layers)} matrices ({config.init_lora_weights})")
+    for layer in layers:
+        layer.start(config.init_lora_weights)
+
+
+def constants(model: nn.Module) -> dict[str, Tensor]:
+    """What adapters hold beside what is trained, and would not find again: where PiSSA started."""
+    return {
+        f"{name}.{half}": getattr(layer, half)
+        for name, layer in lora_layers(model).items()
+        if isinstance(layer, PissaLinear)
+        for half in ("initial_A", "initial_B")
+    }
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
