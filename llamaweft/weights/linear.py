@@ -5,6 +5,7 @@ whose output was kept (model/replay.py) hands it on instead of multiplying, and 
 that of the product.
 
 T: tokens   I: input features   O: output features   V: vocabulary   E: hidden size
+N: new tokens
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llamaweft.weights.frozen import FrozenWeight
+from llamaweft.weights.grown import ROWS, GrownWeight
 
 
 class _Held(nn.Module):
-    """A module whose `weight` is a trained parameter or a FrozenWeight."""
+    """A module whose `weight` is a trained parameter, a FrozenWeight, or one grown by trained rows
+    of new tokens."""
 
-    weight: nn.Parameter | FrozenWeight
+    weight: nn.Parameter | FrozenWeight | GrownWeight
 
-    def hold(self, weight: nn.Parameter | FrozenWeight) -> None:
+    def hold(self, weight: nn.Parameter | FrozenWeight | GrownWeight) -> None:
         """Put another weight in the place of the present one."""
         if "weight" in self._parameters:
             del self.weight
@@ -31,9 +34,14 @@ class _Held(nn.Module):
             self.__dict__.pop("weight", None)
         self.weight = weight
 
+    def hold_grown(self, weight: GrownWeight) -> None:
+        """Put a grown weight in the place of the present one, its new rows as a parameter."""
+        self.hold(weight)
+        self.register_parameter(ROWS, weight.new_NE)
+
     def dequantised(self) -> Tensor:
         """The matrix in fp32, detached."""
-        if isinstance(self.weight, FrozenWeight):
+        if isinstance(self.weight, FrozenWeight | GrownWeight):
             return self.weight.dequantised()
         return self.weight.detach().float()
 
@@ -56,6 +64,10 @@ class Linear(_Held):
     def forward(self, x_TI: Tensor, given: Tensor | None = None) -> Tensor:
         if isinstance(self.weight, FrozenWeight):
             return _FrozenProduct.apply(x_TI, self.weight, (given,))
+        if isinstance(self.weight, GrownWeight):  # a head's, whose output is never kept
+            known_TO = _FrozenProduct.apply(x_TI, self.weight.base, (None,))
+            new_TN = F.linear(x_TI, self.weight.new_NE.to(x_TI.dtype))
+            return self.weight.joined(known_TO, new_TN, 1)
         return _TrainedProduct.apply(x_TI, self.weight, (given,))
 
     def extra_repr(self) -> str:
@@ -70,7 +82,7 @@ class Embedding(_Held):
         self.weight = nn.Parameter(torch.empty(vocabulary, hidden))
 
     def forward(self, ids_T: Tensor, dtype: torch.dtype) -> Tensor:
-        if isinstance(self.weight, FrozenWeight):
+        if isinstance(self.weight, FrozenWeight | GrownWeight):
             return self.weight.gather(ids_T, dtype)
         return F.embedding(ids_T, self.weight).to(dtype)
 
