@@ -14,7 +14,7 @@ import numpy as np
 
 from llamaweft.data.duplicates import repeated
 from llamaweft.data.observe import Flag
-from llamaweft.data.store import StoredRows
+from llamaweft.data.store import StoredRows, text_tokens
 from llamaweft.data.targets import class_name
 
 EXAMPLES_SHOWN = 5
@@ -34,6 +34,7 @@ BLOCKING = (
     "validation_leak",
     "too_long",
     "rare_class",
+    "same_answers",
 )
 """Checks that stop `train`."""
 
@@ -53,6 +54,7 @@ REMEDIES = {
     "the instruct model, or data.chat_template with tokens that were trained",
     "validation_leak": "the row is in the validation rows too, or nearly; remove it on one side, "
     "as data.clean with the step leakage does",
+    "same_answers": "chosen and rejected become the same tokens; remove the row",
     "rare_class": "no other training row has its class, so it cannot be learnt and measured; add "
     "rows of it, or take it out",
     "validation_overlap": "shares 13 words in a row with the answer of a validation row",
@@ -140,9 +142,9 @@ def rows_by_check(material: Material, max_length_tokens: int) -> dict[str, np.nd
         "no_trained_token": table["trained"] == 0,
         "validation_leak": leak_N,
         "validation_overlap": np.isin(rows_N, list(material.overlaps)) & ~leak_N,
-        "too_long": table["tokens"] > max_length_tokens,
+        "too_long": text_tokens(table) > max_length_tokens,
         "duplicate": repeated(table["key"]),
-        "label_balance": _one_sided(table["answer"]),
+        "label_balance": _one_sided(table),
         "rare_class": np.isin(rows_N, material.rare),
     }
     return {check: rows_N[mask] for check, mask in masks.items()}
@@ -210,10 +212,11 @@ def _answer(stored: StoredRows, row: int, decode: Callable[[Sequence[int]], str]
     return decode(document.ids[first : last + 1].tolist()) if last else "no answer"
 
 
-def _one_sided(answers_N: np.ndarray) -> np.ndarray:
-    """A mask of the rows whose answer nearly all others give too, where answers are labels."""
-    none = np.zeros(len(answers_N), bool)
-    if len(answers_N) < MANY_ROWS:
+def _one_sided(rows_N: np.ndarray) -> np.ndarray:
+    """A mask of the rows whose answer nearly all others give too, where answers are labels; pairs
+    of texts have none."""
+    answers_N, none = rows_N["answer"], np.zeros(len(rows_N), bool)
+    if len(answers_N) < MANY_ROWS or rows_N["second"].any():
         return none
     values, counts = np.unique(answers_N, return_counts=True)
     most = int(counts.argmax())

@@ -35,7 +35,7 @@ from llamaweft.errors import UserError
 from llamaweft.files import locked
 from llamaweft.runtime import cache_dir
 
-VERSION = 4
+VERSION = 5
 """Of what is kept in the cache; another one is prepared again."""
 
 CHUNK = 2048

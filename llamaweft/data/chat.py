@@ -16,6 +16,7 @@ import numpy as np
 from llamaweft.data.example import Example
 from llamaweft.data.template import ChatTemplate, Rendered, Span, control_pattern, special_texts
 from llamaweft.data.tokens import TextTokenizer, Tokens
+from llamaweft.prefixes import texts_within
 
 Tokenizer = Any
 """A transformers fast tokenizer."""
@@ -25,12 +26,19 @@ Tokenizer = Any
 class Document:
     """ids (int32) and weights (float32: 0 = context, above = trained), both of the same length.
     where: the row it comes from. labels: what a head reads (targets.LABEL); None: the tokens before
-    a trained one predict it."""
+    a trained one predict it. second: of a pair of texts, where the second begins: neither sees the
+    other, and the pair is never cut; 0: there is one text."""
 
     ids: np.ndarray
     weights: np.ndarray
     where: str
     labels: np.ndarray | None = None
+    second: int = 0
+
+    @property
+    def texts(self) -> list[np.ndarray]:
+        """Token ids of the text, or of both."""
+        return texts_within(self.ids, self.second)
 
     @property
     def trained_tokens(self) -> int:
@@ -43,7 +51,8 @@ class Document:
         labels = self.labels
         if labels is not None:
             labels = labels_within(labels, start, stop)
-        return Document(self.ids[start:stop], self.weights[start:stop], self.where, labels)
+        ids, weights = self.ids[start:stop], self.weights[start:stop]
+        return Document(ids, weights, self.where, labels, self.second)
 
 
 def labels_within(labels: np.ndarray, start: int, stop: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 
 from llamaweft.data.chat import Document
 from llamaweft.data.store import StoredRows
-from llamaweft.data.targets import NO_CLASS, class_name, ordered
+from llamaweft.data.targets import NO_CLASS, REWARD, class_name, ordered
 from llamaweft.errors import UserError
 
 
@@ -93,6 +93,19 @@ class Classes:
                 f"head.class_weights: {unknown[0]!r} is no class; known are {', '.join(self.names)}"
             )
         return np.array([given.get(name, 1.0) for name in self.names], np.float32)
+
+
+def label_names(document: Document, task: str, classes: Classes | None) -> list[str]:
+    """What a head should say of a document, as a person reads it."""
+    assert document.labels is not None
+    targets = document.labels["target"].tolist()
+    if task == "question_answering":
+        return [("begins", "ends")[int(target)] for target in targets]
+    if task == REWARD:
+        return ["chosen" if target > 0 else "rejected" for target in targets]
+    if classes is None:
+        return [f"{target:g}" for target in targets]
+    return [classes.names[int(t)] if t >= 0 else "no class" for t in targets]
 
 
 def rare_rows(stored: StoredRows, rows_N: np.ndarray) -> np.ndarray:

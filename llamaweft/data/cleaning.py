@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, Protocol
 
-from llamaweft.data.example import Example, Message
+from llamaweft.data.example import Example, Message, Preference
 from llamaweft.errors import UserError
 
 EXAMPLES_SHOWN = 5
@@ -71,12 +71,15 @@ class Cleaner:
 def texts_of(example: Example, roles: Sequence[str] | None = None) -> list[str]:
     """The text of a row, or what each message of a chat says (of these roles only, when given).
 
-    What a message says is its content, and the functions that it calls as JSON. What the target of
-    another task holds is not among it.
+    What a message says is its content, and the functions that it calls as JSON. Of a preference
+    both sides follow the prompt. What the target of another task holds is not among it.
     """
     if example.text is not None:
         return [example.text]
-    return [_said(m) for m in example.messages if roles is None or m["role"] in roles]
+    messages = example.messages
+    if isinstance(example.target, Preference):
+        messages += (*example.target.chosen, *example.target.rejected)
+    return [_said(m) for m in messages if roles is None or m["role"] in roles]
 
 
 def excerpt(example: Example) -> str:
@@ -102,9 +105,13 @@ class Normalize:
     def __call__(self, example: Example) -> Example:
         text: Any = self._normalized(example.text)
         messages: Any = tuple(self._normalized(message) for message in example.messages)
-        if text == example.text and messages == example.messages:
+        target = example.target
+        if isinstance(target, Preference):
+            chosen, rejected = map(self._normalized, (list(target.chosen), list(target.rejected)))
+            target = Preference(tuple(chosen), tuple(rejected), target.plain)
+        if (text, messages, target) == (example.text, example.messages, example.target):
             return example
-        return replace(example, text=text, messages=messages)
+        return replace(example, text=text, messages=messages, target=target)
 
     def _normalized(self, value: Any) -> Any:
         """Whatever a message holds; its calls of functions are objects in lists."""

@@ -37,10 +37,12 @@ class Tags:
 
 @dataclass(frozen=True)
 class Preference:
-    """Two ways to go on from `Example.messages`, of which the first is the better one."""
+    """Two ways to go on from `Example.messages`, of which the first is the better one. plain:
+    whether all of it is text, one piece after the other, and no chat."""
 
     chosen: tuple[Message, ...]
     rejected: tuple[Message, ...]
+    plain: bool = False
 
 
 @dataclass(frozen=True)

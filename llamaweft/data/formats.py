@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
-from llamaweft.data.example import Example, Span
+from llamaweft.data.example import Example, Preference, Span
 from llamaweft.data.shapes import SHAPES, TASK_SHAPES, named, no_shape, read_shape, shapes_of
 from llamaweft.errors import UserError
 
@@ -114,6 +114,37 @@ def _prompt(row: Row) -> Example:
     return Example(row.where, messages, tools=example.tools)
 
 
+_UNTOLD: dict[str, tuple[tuple[tuple[str, ...], ...], dict[str, Any]]] = {
+    "classification": ((("text", "sentence"),), {"label": 0, "labels": None}),
+    "tagging": ((("tokens",),), {"tags": [], "ner_tags": None}),
+    "squad": ((("question",), ("context",)), {"answers": {"text": [], "answer_start": []}}),
+}
+"""Of shapes that a head learns from: what it reads, and nothing where it is told what to say."""
+
+
+def to_inputs(rows: Iterable[Row], task: str) -> list[Example]:
+    """What the head of `task` reads of each row, and never what the row says that it should say:
+    the label is left out, whatever it is.
+
+    Raises UserError, naming the row, for a missing column or a value of a wrong kind.
+    """
+    (shape,) = TASK_SHAPES[task]
+    needed, untold = _UNTOLD[shape]
+    found = []
+    for row in rows:
+        content = row.content | untold
+        for names in needed:
+            if all(row.content.get(name) is None for name in names):
+                raise UserError(
+                    f"{row.where} has no {' or '.join(names)}, which task: {task} reads; it has "
+                    f"{named(row.content)}"
+                )
+        if shape == "tagging" and isinstance(content["tokens"], list):
+            content["tags"] = [0] * len(content["tokens"])
+        found.append(_learnable(read_shape(shape, row.where, content), task))
+    return found
+
+
 def _check(shape: str, columns: dict[str, str] | None) -> None:
     """Raises UserError for a shape, or a column of ours, that is not there."""
     if shape != "auto" and shape not in SHAPES:
@@ -143,7 +174,10 @@ def _renamed(row: Row, columns: dict[str, str] | None) -> dict[str, Any]:
 
 
 def _learnable(example: Example, task: str) -> Example:
-    """What a task learns of an example: chat and text its words, the others its target."""
+    """What a task learns of an example: chat and text its words, the others its target, and of a
+    preference both."""
+    if isinstance(example.target, Preference):
+        return example
     if task not in ("chat", "text"):
         return replace(example, messages=()) if example.messages else example
     if isinstance(example.target, Span) and not example.target.answers:

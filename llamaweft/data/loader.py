@@ -17,8 +17,8 @@ import numpy as np
 
 from llamaweft.data.chat import Document
 from llamaweft.data.packing import WINDOW_DOCUMENTS, Bin, epoch_windows, pack_window
-from llamaweft.data.selection import labels_of, lengths_of
-from llamaweft.prefixes import PrefixTree, prefix_tree, unshared
+from llamaweft.data.selection import labels_of, lengths_of, squares_of
+from llamaweft.prefixes import PrefixTree, numbered, prefix_tree, unshared
 
 Batch = TypeVar("Batch")
 
@@ -48,6 +48,7 @@ class Loader(Generic[Batch]):
         self.micro_batch_tokens, self.accumulation = micro_batch_tokens, accumulation
         self.seed, self.share = seed, share
         self._lengths, self._labels = lengths_of(documents), labels_of(documents)
+        self._squares = squares_of(documents)
         self._weights = np.ones(len(documents)) if weights is None else weights
         self._windows = lru_cache(maxsize=2)(self._deal)
         self._packs_of = lru_cache(maxsize=3)(self._pack)
@@ -76,7 +77,9 @@ class Loader(Generic[Batch]):
     def _tree_of(self, documents: Sequence[int]) -> PrefixTree:
         if not self.share:
             return unshared(self._lengths[documents])
-        return prefix_tree([self.documents[index].ids for index in documents])
+        texts = [self.documents[index].texts for index in documents]
+        tree = prefix_tree([text for of in texts for text in of])
+        return tree if len(tree.last) == len(texts) else tree.of_documents(numbered(texts))
 
     def _look_through(self, epoch: int) -> Survey:
         """Packs every window of an epoch once, to count."""
@@ -87,7 +90,7 @@ class Loader(Generic[Batch]):
             found.packs.append(len(packs))
             found.tokens += int(self._lengths[shown].sum())
             found.labels += int(self._labels[shown].sum())
-            found.squares += int((self._lengths[shown].astype(np.int64) ** 2).sum())
+            found.squares += int(self._squares[shown].sum())
             found.computed += sum(pack.tokens for pack in packs)
             found.largest = max(found.largest, *(pack.tokens for pack in packs))
             most = max(int(self._labels[pack.documents].sum()) for pack in packs)
@@ -138,7 +141,7 @@ class Loader(Generic[Batch]):
 
     @property
     def epoch_squares(self) -> int:
-        """Sum of L^2 over the documents of the first epoch, L tokens: attention's work."""
+        """Sum of L^2 over the texts of the first epoch, L tokens: attention's work."""
         return self._survey(0).squares
 
     @property

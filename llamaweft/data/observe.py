@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from llamaweft.data.chat import Document, Encoder, stop_ids
-from llamaweft.data.example import Example
+from llamaweft.data.example import Example, Preference
+from llamaweft.data.pairs import sides_of
 from llamaweft.data.targets import TargetEncoder
-from llamaweft.data.template import Rendered
+from llamaweft.data.template import Rendered, RenderedPair
 
 
 class Flag(IntFlag):
@@ -28,6 +29,7 @@ class Flag(IntFlag):
     CONTENT_CHANGED = 128
     PERSONAL_DATA = 256
     NEAR_DUPLICATE = 512
+    SAME_ANSWERS = 1024
 
 
 _MAIL = re.compile(r"[\w.+-]+@[\w-]+\.[a-z]{2,}", re.IGNORECASE)
@@ -61,18 +63,15 @@ class Observer:
 
     def flags(self, example: Example, text: Rendered, document: Document) -> int:
         found = Flag(0)
-        if example.text is None and document.labels is None:
-            if not roles_in_order(example):
-                found |= Flag.ROLE_ORDER
-            if any(_is_empty_answer(message) for message in example.messages):
-                found |= Flag.EMPTY_ANSWER
-            if _content_changed(example, text):
-                found |= Flag.CONTENT_CHANGED
+        if isinstance(text, RenderedPair):
+            found |= _of_pair(example, text, document)
+        elif example.text is None and document.labels is None:
+            found |= _of_chat(example, text)
         ids = document.ids
         ends = document.labels is not None or self._ends(document)
         if document.trained_tokens and not ends:
             found |= Flag.UNTRAINED_END_OF_TURN
-        if not self._begins_once(ids):
+        if not all(map(self._begins_once, document.texts)):
             found |= Flag.BEGIN_OF_TEXT
         if self.vocab_size is not None and len(ids) and int(ids.max()) >= self.vocab_size:
             found |= Flag.OUT_OF_VOCABULARY
@@ -95,6 +94,32 @@ class Observer:
             return True
         first = ids[:2].tolist()
         return first != [self.bos, self.bos] and (not self.begins or first[:1] == [self.bos])
+
+
+def _of_chat(example: Example, text: Rendered) -> Flag:
+    found = Flag(0)
+    if not roles_in_order(example):
+        found |= Flag.ROLE_ORDER
+    if any(_is_empty_answer(message) for message in example.messages):
+        found |= Flag.EMPTY_ANSWER
+    if _content_changed(example, text):
+        found |= Flag.CONTENT_CHANGED
+    return found
+
+
+def _of_pair(example: Example, text: RenderedPair, document: Document) -> Flag:
+    target = example.target
+    assert isinstance(target, Preference)
+    found = Flag(0)
+    chosen, rejected = document.texts
+    if np.array_equal(chosen, rejected):
+        found |= Flag.SAME_ANSWERS
+    if target.plain:
+        empty = any(_is_empty_answer(message) for message in (*target.chosen, *target.rejected))
+        return found | (Flag.EMPTY_ANSWER if empty else Flag(0))
+    for side, written in zip(sides_of(example), text.sides, strict=True):
+        found |= _of_chat(side, written)
+    return found
 
 
 def roles_in_order(example: Example) -> bool:

@@ -67,6 +67,8 @@ def pack_window(
     packs: list[Bin] = []
     for documents in _without_copies(order):
         packs += _pack(tree, documents, capacity)
+    for pack in packs if tree.ends else ():  # pairs may share more than was counted
+        pack.tokens = tree.tokens_of(pack.documents)
     return [packs[i] for i in random.permutation(len(packs))]
 
 
@@ -87,7 +89,7 @@ def _pack(tree: PrefixTree, documents: list[int], capacity: int) -> list[Bin]:
     rank = {document: place for place, document in enumerate(documents)}
     below: defaultdict[int, list[Bin]] = defaultdict(list)
     for document in documents:
-        below[tree.last[document]].append(Bin([document], 0))
+        below[tree.last[document]].append(Bin([document], tree.tokens_below(document)))
     for index in reversed(range(len(tree.runs))):
         run = tree.runs[index]
         for filled in _fill(below.pop(index, []), capacity - run.stop, rank):

@@ -20,10 +20,11 @@ from llamaweft.data.example import Example
 from llamaweft.data.formats import to_examples
 from llamaweft.data.holdout import hold_out
 from llamaweft.data.observe import Flag, Observer
+from llamaweft.data.pairs import PairEncoder
 from llamaweft.data.selection import Documents, Examples, fitted, pieces
 from llamaweft.data.sources import PlainSource, Source, read_rows
 from llamaweft.data.store import StoredRows
-from llamaweft.data.targets import HEAD_TASKS, TargetEncoder
+from llamaweft.data.targets import HEAD_TASKS, REWARD, TargetEncoder
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class Preparation:
         return self._new_encoder()
 
     def _new_encoder(self) -> Encoder | TargetEncoder:
+        if self.task == REWARD:
+            return PairEncoder(self.tokenizer)
         if self.task in HEAD_TASKS:
             return TargetEncoder(self.tokenizer, self.task)
         return Encoder(self.tokenizer, self.train_on)
@@ -91,7 +94,7 @@ class Preparation:
         """Documents to measure on, each with its row: those with a trained token, and never an
         error for length. classes: of the training rows. Raises UserError for a label that they
         lack."""
-        policy = self.on_too_long or "truncate"
+        policy, longest = self._held_out_policy, self.max_length_tokens
         encoder = self._new_encoder()
         documents = encoder(examples)
         if isinstance(encoder, TargetEncoder) and classes is not None:
@@ -101,9 +104,16 @@ class Preparation:
         parts = (
             (example, document.part(start, stop))
             for example, document in zip(examples, documents, strict=True)
-            for start, stop in pieces(len(document.ids), self.max_length_tokens, policy)
+            for start, stop in pieces(
+                len(document.ids), longest, policy, max(map(len, document.texts))
+            )
         )
         return [(example, part) for example, part in parts if part.trained_tokens]
+
+    @property
+    def _held_out_policy(self) -> str:
+        """What becomes of a held-out row that is too long: pairs are never cut."""
+        return self.on_too_long or ("drop" if self.task == REWARD else "truncate")
 
     def prepare(
         self,
@@ -144,7 +154,7 @@ class Preparation:
                 "training rows by their words; equal rows are looked for in all"
             )
         found = contamination(stored, rows_N, held, held_N)
-        policy = self.on_too_long or "truncate"
+        policy = self._held_out_policy
         documents = fitted(stored, rows_N, self.max_length_tokens, self.on_too_long)
         held_documents = fitted(held, held_N, self.max_length_tokens, policy)
         classes = find_classes(stored, rows_N)

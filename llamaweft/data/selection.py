@@ -11,7 +11,7 @@ import numpy as np
 
 from llamaweft.data.chat import Document
 from llamaweft.data.example import Example
-from llamaweft.data.store import StoredRows
+from llamaweft.data.store import StoredRows, text_tokens
 
 Item = TypeVar("Item")
 
@@ -56,6 +56,11 @@ class Documents(_OfRows[Document]):
         return self.stops_N - self.starts_N
 
     @property
+    def seconds(self) -> np.ndarray:
+        """Where the second text of each begins; 0 where there is one."""
+        return self.stored.table["second"][self.rows_N].astype(np.int64)
+
+    @property
     def examples(self) -> Examples:
         """The row of each document, beside it."""
         return Examples(self.stored, self.rows_N)
@@ -97,13 +102,24 @@ def labels_of(documents: Sequence[Document]) -> np.ndarray:
     return np.array([document.trained_tokens for document in documents], np.int64)
 
 
-def pieces(tokens: int, max_length_tokens: int, policy: str | None) -> list[tuple[int, int]]:
+def squares_of(documents: Sequence[Document]) -> np.ndarray:
+    """Sum of L^2 over the texts of each, L tokens: attention's work."""
+    if isinstance(documents, Documents):
+        seconds = documents.seconds
+    else:
+        seconds = np.array([document.second for document in documents], np.int64)
+    return seconds**2 + (lengths_of(documents).astype(np.int64) - seconds) ** 2
+
+
+def pieces(
+    tokens: int, max_length_tokens: int, policy: str | None, longest: int | None = None
+) -> list[tuple[int, int]]:
     """`data.on_too_long` applied to a document, as parts [start, stop) of it.
 
     split: consecutive parts. drop: none. truncate: the end is cut. None: kept as it is, for the
-    audit to block.
+    audit to block. longest: tokens of the longer text of a pair, which is never cut.
     """
-    if tokens <= max_length_tokens or policy is None:
+    if (longest or tokens) <= max_length_tokens or policy is None:
         return [(0, tokens)]
     if policy == "drop":
         return []
@@ -118,7 +134,8 @@ def fitted(
     """The documents of these rows that have a trained token, fitted to the greatest length."""
     tokens_N = stored.table["tokens"][rows_N].astype(np.int64)
     labels_N = stored.table["trained"][rows_N].astype(np.int64)
-    kept = (labels_N > 0) & ((tokens_N <= max_length_tokens) | (policy is None))
+    longest_N = text_tokens(stored.table[rows_N])
+    kept = (labels_N > 0) & ((longest_N <= max_length_tokens) | (policy is None))
     whole = np.stack([rows_N, np.zeros_like(tokens_N), tokens_N, labels_N])[:, kept]
     cut = [
         (row, start, stop, labels)

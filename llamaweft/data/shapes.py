@@ -134,5 +134,6 @@ TASK_SHAPES = {
     "regression": ("classification",),
     "token_classification": ("tagging",),
     "question_answering": ("squad",),
+    "reward": ("preference",),
 }
 """What each task learns from."""

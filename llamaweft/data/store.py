@@ -37,13 +37,14 @@ ROW = np.dtype(
         ("answer", "<u8"),
         ("tokens", "<u4"),
         ("trained", "<u4"),
+        ("second", "<u4"),
         ("flags", "<u4"),
         ("source", "<u4"),
     ]
 )
 """first_token, tokens: where its tokens are. first_byte: where its record begins. key: a hash of
-what it says. answer: of its trained tokens, or labels. trained: how many these are. flags: what
-the audit saw (audit.py). source: index."""
+what it says. answer: of its trained tokens, or labels. trained: how many these are. second: where
+the second text of a pair begins, or 0. flags: what the audit saw (audit.py). source: index."""
 
 FILES = {"rows": ROW, "ids": np.dtype("<i4"), "weights": np.dtype("u1"), "records": np.dtype("u1")}
 FILES["labels"] = LABEL
@@ -113,6 +114,7 @@ class Writer:
         ]
         table["tokens"] = counts
         table["trained"] = counted
+        table["second"] = [document.second for document in documents]
         table["flags"] = flags
         table["source"] = source
 
@@ -196,7 +198,8 @@ class StoredRows:
             return found
         begin = int(line["first_label"])
         labels = np.array(self._labels[begin : begin + int(line["trained"])])
-        return replace(found, labels=labels_within(labels, start, start + len(ids)))
+        labels = labels_within(labels, start, start + len(ids))
+        return replace(found, labels=labels, second=int(line["second"]))
 
     def targets(self, rows_N: np.ndarray) -> np.ndarray:
         """Of all labels of these rows, one after another."""
@@ -228,6 +231,12 @@ class StoredRows:
         stop = len(self._records) if last else int(self.table[row + 1]["first_byte"])
         where, _, key = self._records[first:stop].tobytes().partition(b"\n")
         return where, key
+
+
+def text_tokens(rows: np.ndarray) -> np.ndarray:
+    """Tokens of the text of each ROW; of a pair, of the longer one."""
+    seconds = rows["second"].astype(np.int64)
+    return np.maximum(seconds, rows["tokens"] - seconds)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

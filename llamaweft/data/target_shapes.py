@@ -54,6 +54,8 @@ def tagging(where: str, content: dict[str, Any]) -> Example:
 def preference(where: str, content: dict[str, Any]) -> Example:
     chosen = side(where, content, "chosen", "assistant")
     rejected = side(where, content, "rejected", "assistant")
+    if _is_plain(content):
+        return _plain_preference(where, string(where, content, "prompt", default=""), content)
     if content.get("prompt") is not None:
         prompt = side(where, content, "prompt", "user")
         # Some sets repeat the prompt at the beginning of both.
@@ -73,6 +75,24 @@ def preference(where: str, content: dict[str, Any]) -> Example:
             "assistant"
         )
     return chat(where, content, prompt, read_tools(where, content), Preference(chosen, rejected))
+
+
+def _is_plain(content: dict[str, Any]) -> bool:
+    """Whether no column holds messages, or what only chats have."""
+    texts = (content.get(name) for name in ("prompt", "chosen", "rejected"))
+    of_chats = any(content.get(name) for name in ("system", "tools"))
+    return not of_chats and not any(isinstance(text, list) for text in texts)
+
+
+def _plain_preference(where: str, prompt: str, content: dict[str, Any]) -> Example:
+    chosen, rejected = content["chosen"], content["rejected"]
+    if chosen.startswith(prompt) and rejected.startswith(prompt):  # some sets repeat it
+        chosen, rejected = chosen.removeprefix(prompt), rejected.removeprefix(prompt)
+    if chosen == rejected:
+        raise UserError(f"{where}: chosen and rejected say the same; remove the row")
+    said = ({"role": "user", "content": prompt},) if prompt else ()
+    better, worse = ({"role": "assistant", "content": text} for text in (chosen, rejected))
+    return Example(where, said, target=Preference((better,), (worse,), plain=True))
 
 
 def rating(where: str, content: dict[str, Any]) -> Example:

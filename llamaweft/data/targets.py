@@ -24,13 +24,18 @@ from llamaweft.errors import UserError
 LABEL = np.dtype([("position", "<i4"), ("target", "<f4"), ("weight", "<f4")])
 """position: of the token that a head reads, in its document; LAST: the last one, however much of
 the document is left. target: a class, a value, or for answers 0 where one begins and 1 where it
-ends. weight: what it counts; a document's sum to 1, but for tags, which count each for itself."""
+ends; of a pair 1 for the better text and -1 for the other. weight: what it counts; a document's
+sum to 1, but for tags, which count each for itself."""
 
 LAST = -1
 NO_CLASS = -1
 """The target of a text of which no class holds."""
 
-HEAD_TASKS = ("sequence_classification", "regression", "token_classification", "question_answering")
+REWARD = "reward"
+HEAD_TASKS = (
+    *("sequence_classification", "regression", "token_classification", "question_answering"),
+    REWARD,
+)
 """Tasks with a head of their own; the others predict the next token."""
 
 

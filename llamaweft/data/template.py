@@ -50,6 +50,13 @@ class Rendered:
     pair: str | None = None
 
 
+@dataclass(frozen=True)
+class RenderedPair(Rendered):
+    """The texts of a preference, the better one first; `text` is both."""
+
+    sides: tuple[Rendered, ...] = ()
+
+
 class _Skeleton(NamedTuple):
     """What a template writes around the contents of messages with given roles: `literals` before,
     between and after them; boundaries of answers as (literal, characters into it)."""

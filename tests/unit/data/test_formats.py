@@ -366,8 +366,8 @@ def test_tags() -> None:
 @pytest.mark.parametrize(
     "row",
     [
-        {"prompt": "q", "chosen": "a", "rejected": "b"},
         {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]},
+        {"prompt": [user("q")], "chosen": "a", "rejected": "b"},
         {"prompt": "q", "chosen": [assistant("a")], "rejected": [assistant("b")]},
         {"prompt": "q", "chosen": MESSAGES, "rejected": [user("q"), assistant("b")]},
         {"chosen": MESSAGES, "rejected": [user("q"), assistant("b")]},
@@ -377,6 +377,23 @@ def test_a_preference_in_any_form(row: dict) -> None:
     example = read_shape("preference", "f line 1", row)
     assert example.messages == (user("q"),)
     assert example.target == Preference((assistant("a"),), (assistant("b"),))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": "q", "chosen": "qa", "rejected": "qb"},
+        {"chosen": "a", "rejected": "b"},
+        {"prompt": "", "chosen": "a", "rejected": "b"},
+    ],
+)
+def test_a_preference_of_text_is_no_chat(row: dict) -> None:
+    example = read_shape("preference", "f line 1", row)
+    assert example.messages == ((user("q"),) if row.get("prompt") else ())
+    assert example.target == Preference((assistant("a"),), (assistant("b"),), plain=True)
+    (system, asked) = read_shape("preference", "", row | {"prompt": "q", "system": "s"}).messages
+    assert (system["content"], asked["content"]) == ("s", "q")  # what only chats have makes it one
 
 
 @pytest.mark.parametrize(
@@ -406,7 +423,10 @@ def test_a_span() -> None:
         ("tagging", {"tokens": [], "tags": []}, ["at least one word"]),
         ("tagging", {"tokens": ["a"], "tags": [None]}, ["'tags'"]),
         ("tagging", {"tokens": ["a", "b"], "ner_tags": [1]}, ["2 tokens and 1 ner_tags"]),
-        ("preference", {"chosen": "a", "rejected": "b"}, ["add a column prompt"]),
+        ("preference", {"chosen": [assistant("a")], "rejected": "b"}, ["add a column prompt"]),
+        ("preference", {"prompt": "q", "chosen": "qa", "rejected": "qa"}, ["say the same"]),
+        ("preference", {"chosen": "a", "rejected": None}, ["'rejected'", "missing"]),
+        ("preference", {"prompt": 1, "chosen": "a", "rejected": "b"}, ["'prompt'"]),
         ("preference", {"prompt": "q", "chosen": "a", "rejected": "a"}, ["say the same"]),
         ("preference", {"chosen": MESSAGES, "rejected": MESSAGES}, ["say the same"]),
         ("preference", {"chosen": MESSAGES, "rejected": [user("q")]}, ["answer of the assistant"]),
@@ -438,7 +458,7 @@ def test_shapes_of_other_tasks_are_recognised_and_refused(row: dict, shape: str)
 
 def test_every_shape_is_learnt_by_a_task_or_has_a_target() -> None:
     learnt = {shape for shapes in TASK_SHAPES.values() for shape in shapes}
-    assert SHAPES.keys() - learnt == {"preference", "rating"}
+    assert SHAPES.keys() - learnt == {"rating"}
     assert list(TASK_SHAPES["chat"]) == [s for s in SHAPES if s in TASK_SHAPES["chat"]]
 
 

@@ -97,6 +97,43 @@ def test_packs_count_what_they_compute_and_are_not_overfull(endings, capacity, s
         assert pack.tokens <= capacity or len({ids[d].tobytes() for d in pack.documents}) == 1
 
 
+@given(
+    endings=st.lists(
+        st.tuples(*[st.integers(0, 2), st.integers(1, 40)] * 2), min_size=1, max_size=40
+    ),
+    capacity=st.integers(60, 300),
+)
+def test_packs_of_pairs_count_what_they_compute(endings, capacity) -> None:
+    """Pairs with one beginning, with two, and with none in common, some texts twice."""
+    random = np.random.default_rng(1)
+    starts = [random.integers(0, 9, n) for n in (0, 16, 40)]
+    starts[2][:16] = starts[1]
+    tails = random.integers(0, 9, 40)
+    ids = [
+        np.concatenate([starts[place], tails[:count]])
+        for ending in endings
+        for place, count in (ending[:2], ending[2:])
+    ]
+    texts = [(2 * index, 2 * index + 1) for index in range(len(endings))]
+    packs = pack_epoch(prefix_tree(ids).of_documents(texts), np.ones(len(endings)), capacity, 0, 0)
+    assert sorted(d for pack in packs for d in pack.documents) == list(range(len(endings)))
+    for pack in packs:
+        of_pack = [ids[text] for index in pack.documents for text in texts[index]]
+        assert pack.tokens == prefix_tree(of_pack).tokens
+        assert pack.tokens <= capacity or len({t.tobytes() for t in of_pack}) <= 2
+
+
+def test_pairs_of_one_prompt_share_packs() -> None:
+    random = np.random.default_rng(0)
+    prompts = [random.integers(0, 900, 200) for _ in range(20)]
+    ids = [np.concatenate([prompts[i // 2 % 20], random.integers(0, 900, 20)]) for i in range(200)]
+    texts = [(2 * index, 2 * index + 1) for index in range(100)]
+    packs = pack_epoch(prefix_tree(ids).of_documents(texts), np.ones(100), 1024, 0, 0)
+    # Five pairs on one prompt are 400 tokens, so two prompts share a pack of 1,024.
+    assert [pack.tokens for pack in packs] == [800] * 10
+    assert all(len({d % 20 for d in pack.documents}) == 2 for pack in packs)
+
+
 def test_documents_that_begin_alike_share_packs() -> None:
     random = np.random.default_rng(0)
     contexts = [random.integers(0, 900, 200) for _ in range(20)]
