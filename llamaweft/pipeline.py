@@ -9,7 +9,8 @@ import json
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,32 +18,45 @@ from typing import Any
 from torch import Tensor
 
 from llamaweft.adapters.folder import load_adapter_state, read_adapter, save_adapter
-from llamaweft.adapters.lora import loraplus_ratios
+from llamaweft.adapters.lora import constants, loraplus_ratios
 from llamaweft.data.audit_page import write_audit_page
 from llamaweft.data.chat import Document, stop_ids
 from llamaweft.data.example import Example
 from llamaweft.data.page_input import page_input
+from llamaweft.data.pairs import has_chats
+from llamaweft.data.targets import REWARD
 from llamaweft.errors import UserError
 from llamaweft.evaluate.evaluator import Evaluator, side_by_side
+from llamaweft.evaluate.forgetting import ForgettingGuard, forgetting_notes
 from llamaweft.evaluate.head_evaluator import HeadEvaluator
 from llamaweft.evaluate.report import ReportInput, write_report
 from llamaweft.export.hf import export_merged
 from llamaweft.files import need_disk, write_text
+from llamaweft.forgetting import build_guard
 from llamaweft.model.folder import base_name
 from llamaweft.model.llama import LlamaForCausalLM, LlamaWithHead, Model
 from llamaweft.model.load import copy_weights
 from llamaweft.model.pack import Pack
+from llamaweft.model.presets import parameter_count
 from llamaweft.pieces import Pieces
 from llamaweft.plan.flops import training_flops
-from llamaweft.plan.memory import Schedule, trained_parameter_count
+from llamaweft.plan.memory import Schedule, kept_start_numbers, trained_parameter_count
 from llamaweft.plan.plan import Plan
+from llamaweft.plan.whole import Whole
 from llamaweft.planning import plan_run
 from llamaweft.recipe import Recipe
 from llamaweft.runtime import environment, seed_everything
 from llamaweft.settings import Evaluation
 from llamaweft.train.checkpoint import STATE, LoopState, complete_checkpoints
 from llamaweft.train.events import Announcer, Listener, StopRequest
-from llamaweft.train.loop import EARLY_STOPPING, FINISHED, OUT_OF_TIME, Loop, Settings
+from llamaweft.train.in_backward import InBackward
+from llamaweft.train.loop import (
+    COMPLETE,
+    FORGETTING,
+    Loop,
+    Settings,
+    exhausted,
+)
 from llamaweft.train.metrics import MetricsFile, read_metrics
 from llamaweft.train.optim import (
     build_optimizer,
@@ -51,9 +65,13 @@ from llamaweft.train.optim import (
     optimizer_bytes_per_parameter,
     trained_parameters,
 )
+from llamaweft.train.overfitting import OverfittingWatch, find_overfitting
 from llamaweft.train.run_folder import RunFolder, read_json, write_json
 from llamaweft.train.schedule import LearningRate
 from llamaweft.train.trackers import Trackers, check_installed
+
+GENERAL_ANSWERS = "general_answers"
+"""Where what is measured of the untouched model holds its answers to general prompts."""
 
 Progress = Callable[[int, int], None]
 Measuring = Evaluator | HeadEvaluator
@@ -65,6 +83,8 @@ class Pipeline(Pieces):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
         self.run_folder = RunFolder(Path(recipe.output_dir))
+        self.untouched: dict[str, Any] | None = None
+        """What was measured of the untouched model, once it was."""
 
     @cached_property
     def evaluator(self) -> Measuring | None:
@@ -92,7 +112,7 @@ class Pipeline(Pieces):
                 examples=examples,
                 tokenizer=self.tokenizer,
                 classes=self.data.classes,
-                outputs=self._read,
+                outputs=self.read_documents,
                 micro_batch_tokens=self.recipe.training.micro_batch_tokens,
             )
         return Evaluator(
@@ -107,9 +127,10 @@ class Pipeline(Pieces):
             cache_bytes=self.cache_bytes,
         )
 
-    def _read(
+    def read_documents(
         self, model: LlamaWithHead, documents: list[Document]
     ) -> list[tuple[Tensor, tuple[float, float]]]:
+        """What a head says of each document, as `LlamaWithHead.read` gives it."""
         share = not model.head.reads_all
         return model.read(Pack.from_documents(documents, share=share).to(model.device))
 
@@ -127,8 +148,19 @@ class Pipeline(Pieces):
             )
         if not len(self.data.documents):
             raise UserError("no row is left to train on: data.on_too_long dropped them all")
+        self._check_templated()
         if self.evaluator is not None:
             self.evaluator.check()
+
+    def _check_templated(self) -> None:
+        """Raises UserError for a chat template that no preference would be written with."""
+        template = self.recipe.data.chat_template if self.recipe.task == REWARD else None
+        if template is not None and not has_chats(self.data.examples):
+            raise UserError(
+                f"data.chat_template: {template} writes messages, and every row is plain text, "
+                "which is read as it is; write prompt, chosen and rejected as messages, or remove "
+                "the key"
+            )
 
     def write_audit_page(self, path: Path) -> None:
         """The audit and the rows behind it, as a page. Raises UserError when `path` cannot be
@@ -156,13 +188,32 @@ class Pipeline(Pieces):
         out or the run was stopped. Raises UserError for everything that is wrong with recipe,
         data, model or disk, before anything is written.
         """
+        turns = self.turns(
+            resume=resume, listeners=listeners, stop=stop, say=say, progress=progress
+        )
+        return exhausted(turns).to_dict()
+
+    def turns(
+        self,
+        *,
+        resume: bool = False,
+        listeners: Sequence[Listener] = (),
+        stop: StopRequest | None = None,
+        say: Callable[[str], None] = lambda what: None,
+        progress: Progress | None = None,
+        before: dict[str, Any] | None = None,
+    ) -> Generator[None, None, RunResult]:
+        """`train`, which pauses after each micro-batch: several runs can share a device.
+
+        before: what `measured` gave of the untouched model, where that is known already.
+        """
         began = time.perf_counter()
         folder = self.run_folder
         folder.check_free(resume)
         check_installed(self.recipe.training.report_to)
         check_optimizer_installed(self.recipe.training.optimizer)
         if resume and complete_checkpoints(folder.checkpoints):
-            self.initial = None  # the checkpoint holds what became of it
+            self.initial, self.resumes = None, True  # the checkpoint holds what became of it
         elif self.initial is not None:
             say(f"going on from the adapter {self.initial[0]}")
         say("reading the data")
@@ -182,13 +233,19 @@ class Pipeline(Pieces):
             loop = self._loop(model, judge, listeners, stop or StopRequest(), began)
             if checkpoint is not None:
                 say(f"resuming from {checkpoint.name}")
+                judge.guard = build_guard(self, model, folder.forgetting, resumes=True)
                 loop.resume(checkpoint)
                 loop.state.schedule = self.schedule.to_dict()
-            elif self.evaluator is not None:
-                say("measuring the untouched model")
+            elif judge.measures:
+                if before is None or self.general is not None:
+                    say("measuring the untouched model")
                 with loop.timed("validation"):
-                    loop.state.before = judge.measured()
-            return self._finish(loop, judge, say)
+                    judge.guard = build_guard(self, model, folder.forgetting, resumes=False)
+                    loop.state.before = self.untouched = judge.untouched(before)
+                if judge.bounded:  # where no evaluation keeps the budget, nothing learnt is kept
+                    self.save_trained(model)
+                    loop.state.best_step = 0
+            return (yield from self._finish(loop, judge, say))
         finally:
             folder.unlock()
 
@@ -207,9 +264,11 @@ class Pipeline(Pieces):
     def _disk_bytes(self) -> int:
         """What checkpoints (weights and two moments each), the result and the logs will need."""
         training, trained = self.recipe.training, trained_parameter_count(self.workload)
-        each = 4 + optimizer_bytes_per_parameter(training.optimizer)
-        checkpoints = int((training.save_total_limit + 1) * each * trained)
-        return checkpoints + 2 * 4 * trained + 16 * 2**20
+        weights = 4 * (trained + kept_start_numbers(self.workload))
+        moments = optimizer_bytes_per_parameter(training.optimizer) * trained
+        checkpoints = int((training.save_total_limit + 1) * (weights + moments))
+        result = weights if self.lora is not None else 4 * parameter_count(self.config)
+        return checkpoints + 2 * result + self.workload.forgetting_bytes + 16 * 2**20
 
     def _open_folder(self, plan: Plan, resume: bool) -> Path | None:
         """Write what a run starts with, or check it against the run that goes on."""
@@ -241,9 +300,10 @@ class Pipeline(Pieces):
         parameters = trained_parameters(model)
         ratio = self.recipe.adapter.loraplus_lr_ratio
         total = self.loader.total_steps
-        return Loop(
+        loop = Loop(
             model=model,
             parameters=parameters,
+            constants=constants(model),
             objective=model.loss,
             loader=self.loader,
             optimizer=build_optimizer(
@@ -261,8 +321,9 @@ class Pipeline(Pieces):
                 total,
                 round(training.warmup_ratio * total),
             ),
-            evaluator=judge if self.evaluator else None,
+            evaluator=judge if judge.measures else None,
             keep_best=judge.keep_best,
+            within_budget=judge.within_budget,
             useful_flops=self._useful_flops,
             settings=Settings(
                 checkpoints=self.run_folder.checkpoints,
@@ -270,8 +331,10 @@ class Pipeline(Pieces):
                 save_total_limit=training.save_total_limit,
                 evaluate_every_steps=measuring.every_steps,
                 early_stopping_patience=measuring.early_stopping_patience,
+                early_stopping_min_gain=measuring.early_stopping_min_gain,
                 max_grad_norm=training.max_grad_norm,
-                best_metric=measuring.metrics[0],
+                best_metric=measuring.metrics[0] if self.evaluator is not None else None,
+                stops_over_budget=judge.stops_over_budget,
                 max_seconds=training.max_seconds,
             ),
             began=began,
@@ -280,6 +343,10 @@ class Pipeline(Pieces):
             device=self.runtime.device,
             state=LoopState(schedule=self.schedule.to_dict()),
         )
+        if training.optimizer_in_backward:
+            tiling = model.model.tiling
+            loop.in_backward = InBackward(loop.optimizer, parameters, lambda: tiling.goes_on)
+        return loop
 
     def _trackers(self) -> list[Listener]:
         names = self.recipe.training.report_to
@@ -291,28 +358,39 @@ class Pipeline(Pieces):
             self.config,
             tokens,
             labels,
-            frozen_base=self.lora is not None,
+            frozen_base=not self.trains_all,
+            whole=self.workload.whole or Whole(),
             outputs=self.workload.head_outputs,
         )
 
-    def _finish(self, loop: Loop, judge: Judge, say: Callable[[str], None]) -> dict[str, Any]:
+    def _finish(
+        self, loop: Loop, judge: Judge, say: Callable[[str], None]
+    ) -> Generator[None, None, RunResult]:
         """Run the loop, judge what it kept, and write evaluation.json and the report."""
         folder = self.run_folder
         metrics = MetricsFile(folder.metrics, loop.state.step)
-        loop.announce.listeners.insert(0, metrics)
+        watch = OverfittingWatch(say, read_metrics(folder.metrics))
+        loop.announce.listeners[:0] = [metrics, watch]
         try:
-            reason = loop.run()
+            reason = yield from loop.turns()
         finally:
             metrics.close()
-        result: dict[str, Any] = {"step": loop.state.step, "reason": reason, "evaluation": None}
-        complete = reason in (FINISHED, EARLY_STOPPING, OUT_OF_TIME)
-        if complete and self.evaluator is not None:
-            if judge.best is None:  # it was found before a resume
+        result = RunResult(loop.state.step, reason)
+        complete = reason in COMPLETE
+        if complete and judge.measures:
+            if judge.best is None:  # it was found before a resume, or is the untouched model
                 say("measuring the best weights")
                 self.restore(judge.model)
-                judge.best = judge.measured()
-            result["evaluation"] = side_by_side(loop.state.before, judge.best)
-            write_json(folder.evaluation, result["evaluation"])
+                judge()
+                judge.best = judge.latest
+            assert judge.best is not None
+            result.evaluation = side_by_side(loop.state.before, judge.best)
+            if judge.guard is not None:
+                if loop.state.best_step != loop.state.step:
+                    self.restore(judge.model)
+                result.evaluation["forgetting"] = judge.forgotten(loop.state, reason)
+            result.best = judge.best
+            write_json(folder.evaluation, result.evaluation)
         if complete:
             write_run_report(folder)
         return result
@@ -320,7 +398,7 @@ class Pipeline(Pieces):
     # --- what a run leaves ----------------------------------------------------------------------
 
     def save_trained(self, model: Model) -> None:
-        """Put the trained weights into the run folder: adapter/, or model/ for full fine-tuning."""
+        """Put what was trained into the run folder: adapter/, or without one the model/."""
         folder = self.run_folder
         target = folder.model if self.lora is None else folder.adapter
         aside = target.with_name(f".{target.name}.new")
@@ -330,6 +408,8 @@ class Pipeline(Pieces):
             export_merged(model, self.tokenizer, aside, "fp32", stop_ids(self.tokenizer))
         else:
             save_adapter(model, self.lora, base_name(self.recipe.model, self.model_folder), aside)
+            if self.new_tokens is not None:  # their rows mean nothing without their names
+                self.tokenizer.save_pretrained(aside)
         old = target.with_name(f".{target.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
@@ -353,11 +433,25 @@ class Pipeline(Pieces):
                 f"the run {folder.root} has no trained weights yet; go on with "
                 f"`llamaweft train {shlex.quote(str(folder.recipe))} --resume`"
             )
-        if self.lora is None and self.head is None:
+        if self.trains_all and self.head is None:
             return self.load_frozen(folder.model)
-        model = self.adapted(self._load(self.model_folder, frozen=self.lora is not None))
+        model = self.adapted(self.load_to_train())
         self.restore(model)
         return model.eval()
+
+
+@dataclass
+class RunResult:
+    """How a run ended. evaluation: the content of evaluation.json, or None where nothing is held
+    out or the run was stopped. best: what `Judge.measured` gave of the weights that were kept."""
+
+    step: int
+    reason: str
+    evaluation: dict[str, Any] | None = None
+    best: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "reason": self.reason, "evaluation": self.evaluation}
 
 
 class Judge:
@@ -365,17 +459,60 @@ class Judge:
 
     def __init__(self, pipeline: Pipeline, model: Model, progress: Progress | None) -> None:
         self.pipeline, self.model, self.progress = pipeline, model, progress
+        self.guard: ForgettingGuard | None = None
         self.latest: dict[str, Any] | None = None
         self.best: dict[str, Any] | None = None
 
+    @property
+    def measures(self) -> bool:
+        """Whether there is anything to measure on."""
+        return self.pipeline.evaluator is not None or self.pipeline.general is not None
+
+    @property
+    def bounded(self) -> bool:
+        """Whether there is a budget of forgetting."""
+        forgetting = self.pipeline.recipe.forgetting
+        return forgetting is not None and forgetting.max_kl is not None
+
+    @property
+    def stops_over_budget(self) -> bool:
+        forgetting = self.pipeline.recipe.forgetting
+        return self.bounded and forgetting is not None and forgetting.when_exceeded == "stop"
+
+    def within_budget(self, metrics: dict[str, dict[str, float]]) -> bool:
+        return self.guard is None or self.guard.within(metrics)
+
     def measured(self) -> dict[str, Any]:
         """{"metrics": ..., "answers": ..., "parts": ...} of the model as it is."""
-        assert self.pipeline.evaluator is not None
+        if self.pipeline.evaluator is None:
+            return {"metrics": {}, "answers": [], "parts": {}}
         return self.pipeline.evaluator.measure(self.model, self.progress)
+
+    def untouched(self, known: dict[str, Any] | None) -> dict[str, Any]:
+        """What is measured before the first step, with the model's answers to general prompts.
+        known: what that gave for the same model and rows."""
+        before = self.measured() if known is None else known
+        if self.guard is not None and GENERAL_ANSWERS not in before:
+            before = before | {GENERAL_ANSWERS: self.guard.answers(self.model, self.progress)}
+        return before
+
+    def forgotten(self, state: LoopState, reason: str) -> dict[str, Any]:
+        """What evaluation.json says of forgetting. The model holds the weights that were kept."""
+        assert self.guard is not None
+        assert self.best is not None
+        answers = self.guard.answers(self.model, self.progress)
+        content = self.guard.content(
+            self.best["forgetting"], state.before[GENERAL_ANSWERS], answers
+        )
+        stopped = state.step if reason == FORGETTING else None
+        return content | {"step": state.best_step, "stopped_at_step": stopped}
 
     def __call__(self) -> dict[str, dict[str, float]]:
         self.latest = self.measured()
-        return self.latest["metrics"]
+        if self.guard is None:
+            return self.latest["metrics"]
+        self.latest["forgetting"] = self.guard.measure(self.model)
+        return self.latest["metrics"] | self.latest["forgetting"]["metrics"]
 
     def keep_best(self) -> None:
         self.best = self.latest
@@ -394,6 +531,10 @@ def open_run(name: str | Path) -> Pipeline | None:
 def write_run_report(folder: RunFolder) -> None:
     """report.html and report.md from the files of a run folder."""
     found = sorted(folder.root.glob("evaluation*.json"))
+    records = read_metrics(folder.metrics)
+    overfits = find_overfitting(records)
+    weights = "adapter/" if folder.adapter.exists() else "model/"
+    forgotten = forgetting_notes(read_json(folder.evaluation).get("forgetting"), weights)
     write_report(
         ReportInput(
             title=folder.root.resolve().name,
@@ -402,8 +543,9 @@ def write_run_report(folder: RunFolder) -> None:
             environment=read_json(folder.environment),
             audit=read_json(folder.audit),
             plan=read_json(folder.plan),
-            metrics=read_metrics(folder.metrics),
+            metrics=records,
             evaluations=[read_json(path) for path in found],
+            notes=[*([str(overfits)] if overfits else []), *forgotten],
         ),
         folder.report_html,
         folder.report_md,

@@ -11,8 +11,9 @@ from llamaweft.errors import UserError
 from llamaweft.pieces import Pieces
 from llamaweft.plan.devices import REACHED, Device
 from llamaweft.plan.hardware import matmul_flops_per_second, traffic_bytes_per_second
-from llamaweft.plan.memory import LINEARS, MLP_TILE_TOKENS, sizes
+from llamaweft.plan.memory import MLP_TILE_TOKENS
 from llamaweft.plan.plan import Plan, make_plan
+from llamaweft.plan.shapes import LINEARS, sizes
 from llamaweft.plan.time import Speed, StepWork
 from llamaweft.recipe import Recipe
 from llamaweft.runtime import COMPUTE_DTYPES, Runtime
@@ -49,8 +50,10 @@ class PiecesFor(Pieces):
 def plan_run(pieces: Pieces, price_per_hour: float | None = None) -> Plan:
     """Memory, time and decisions; measures this machine's products for a few seconds.
 
-    Raises UserError when nothing fits the budget, with the nearest recipe that does.
+    Raises UserError when nothing fits the budget, with the nearest recipe that does, and when the
+    adapter cannot start from the weights as they would be held.
     """
+    pieces.check_start()
     loader = pieces.loader
     given, computed, labels = loader.epoch_tokens
     packs = loader.packs_per_epoch
@@ -93,9 +96,9 @@ def speed_of(pieces: Pieces, pack_tokens: int) -> Speed:
     else:
         shapes = Counter((size[target], size[source]) for source, target in LINEARS.values())
         # A trained weight is multiplied as a plain one.
-        codec = pieces.base_weights if pieces.lora else "fp32"
+        codec = pieces.base_weights
         decoded, plain = product_rates(shapes, tokens, codec, runtime.compute_dtype)
-        if pieces.lora is None:
+        if pieces.trains_all:
             decoded = plain
     traffic = traffic_bytes_per_second(runtime.device)
     calls = LAYER_SECONDS[runtime.device.type]
@@ -113,7 +116,7 @@ def nearest_fit(pieces: Pieces) -> str:
         packs.append(longest)
     on_cpu = pieces.runtime.device.type == "cpu"
     codecs = ["nf4"] if not on_cpu and pieces.base_weights != "nf4" else []
-    for method in [{}] if pieces.lora else [{}, {"adapter.method": "lora"}]:
+    for method in [{}, {"adapter.method": "lora"}] if pieces.trains_all else [{}]:
         for codec in [None, *codecs]:
             for tokens in packs:
                 changes = dict(method)
@@ -127,8 +130,8 @@ def nearest_fit(pieces: Pieces) -> str:
 
 
 def _fits(pieces: Pieces, changes: dict[str, str]) -> bool:
-    other = pieces.changed(changes)
     try:
+        other = pieces.changed(changes)
         return other.schedule.peak_bytes <= other.budget_bytes
     except UserError:
         return False

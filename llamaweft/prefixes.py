@@ -7,8 +7,8 @@ documents share then depends on no third one, and nothing is cut up for a word i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
 
@@ -37,10 +37,12 @@ class Run:
 @dataclass(frozen=True)
 class PrefixTree:
     """runs: depth first, so that what is below a run follows it. last: the run that each document
-    ends with."""
+    ends with; of a pair of texts the last run that both have, or -1. ends: where documents may be
+    pairs, the runs that the texts of each end with."""
 
     runs: list[Run]
     last: list[int]
+    ends: list[list[int]] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -49,11 +51,41 @@ class PrefixTree:
 
     def path(self, document: int) -> list[int]:
         """The runs of a document, the first one first."""
-        found, run = [], self.last[document]
+        return self._way(self.last[document])
+
+    def _way(self, run: int) -> list[int]:
+        """The runs from a root to this one."""
+        found = []
         while run >= 0:
             found.append(run)
             run = self.runs[run].parent
         return found[::-1]
+
+    def of_documents(self, texts: Iterable[Sequence[int]]) -> PrefixTree:
+        """This tree of texts as one of documents, whose texts are given by index."""
+        ends = [[self.last[text] for text in of] for of in texts]
+        return PrefixTree(self.runs, [self._fork(of) for of in ends], ends)
+
+    def _fork(self, ends: Sequence[int]) -> int:
+        """The last run on the ways to all of these, or -1."""
+        shared = -1
+        for runs in zip(*map(self._way, ends), strict=False):
+            if len(set(runs)) > 1:
+                break
+            shared = runs[0]
+        return shared
+
+    def tokens_of(self, documents: Iterable[int]) -> int:
+        """Tokens that are computed for these documents together, where there may be pairs."""
+        runs = {run for index in documents for end in self.ends[index] for run in self._way(end)}
+        return sum(self.runs[run].tokens for run in runs)
+
+    def tokens_below(self, document: int) -> int:
+        """Tokens of a document that come after its run in `last`: of a pair, both ends."""
+        if not self.ends:
+            return 0
+        fork = self.last[document]
+        return self.tokens_of([document]) - (self.runs[fork].stop if fork >= 0 else 0)
 
     def places(self, document: int) -> np.ndarray:
         """Where each token of a document stands when all runs follow one another."""
@@ -63,6 +95,17 @@ class PrefixTree:
     @cached_property
     def _starts(self) -> list[int]:
         return [0, *accumulate(run.tokens for run in self.runs)]
+
+
+def texts_within(ids: np.ndarray, second: int) -> list[np.ndarray]:
+    """The texts of a document: of a pair, whose second text begins at token `second`, two."""
+    return [ids[:second], ids[second:]] if second else [ids]
+
+
+def numbered(groups: Iterable[Sized]) -> list[range]:
+    """For each group, the places of its members when all follow one another."""
+    ends = [0, *accumulate(map(len, groups))]
+    return [range(start, end) for start, end in pairwise(ends)]
 
 
 def unshared(lengths: Iterable[int]) -> PrefixTree:

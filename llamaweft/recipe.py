@@ -26,6 +26,7 @@ from llamaweft.settings import (
     AuditSettings,
     Data,
     Evaluation,
+    Forgetting,
     Head,
     Section,
     Training,
@@ -34,8 +35,16 @@ from llamaweft.settings import (
 
 OF_TURNS = ("train_on", "chat_template")
 """Keys of `data` that only chats have."""
+TURNS_OF = {"chat": (), "reward": ("train_on",)}
+"""Those of them that these tasks have no use for; other tasks have none for any."""
+WITHOUT_ADAPTER = ("top_layers", "modules_to_save")
+"""Keys of `adapter` that say what is trained where there is none."""
+WITH_WORDS = ("chat", "text")
+"""Tasks whose models answer in words."""
 OF_CLASSES = ("sequence_classification", "token_classification")
 OF_WHOLE_TEXTS = ("sequence_classification", "regression", "question_answering")
+OF_LABELS = ("regression", "reward")
+"""Tasks whose targets are numbers or pairs, and no classes."""
 
 
 class Recipe(Section):
@@ -51,6 +60,7 @@ class Recipe(Section):
         "regression",
         "token_classification",
         "question_answering",
+        "reward",
     ] = Field("chat", description="what is learnt")
     data: Data = Field(description="what is learnt from")
     audit: AuditSettings = Field(AuditSettings(), description="the audit of the data")
@@ -61,24 +71,36 @@ class Recipe(Section):
     )
     training: Training = Field(Training(), description="the loop")
     evaluation: Evaluation = Field(Evaluation(), description="measuring on held-out rows")
+    forgetting: Forgetting | None = Field(
+        None, description="measuring what is forgotten; null: not measured"
+    )
     parallel: Literal["auto"] = Field("auto", description="auto: one process")
     output_dir: str = Field("runs/run", description="the run folder")
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> Recipe:
         if self.adapter.method == "none":
-            given = self.adapter.model_fields_set - {"method"}
+            given = self.adapter.model_fields_set - {"method", *WITHOUT_ADAPTER}
             if given:
                 raise ValueError(
-                    f"adapter.method is none (full fine-tuning), so adapter.{min(given)} "
-                    "would be ignored; remove one of them"
+                    f"adapter.method is none (full fine-tuning, or of parts), so "
+                    f"adapter.{min(given)} would be ignored; remove one of them"
                 )
-            if self.base_weights not in ("auto", "fp32"):
+            if self.adapter.trains_all and self.base_weights not in ("auto", "fp32"):
                 raise ValueError(
                     f"base_weights: {self.base_weights} holds frozen weights, and adapter.method: "
-                    "none trains them all in fp32; remove base_weights or train an adapter"
+                    "none trains them all in fp32; remove base_weights, set adapter.top_layers, or "
+                    "train an adapter"
                 )
+        pissa = self.adapter.init_lora_weights
+        if pissa != "default" and self.base_weights in ("nf4", "int8"):
+            raise ValueError(
+                f"base_weights: {self.base_weights} is quantised, and adapter.init_lora_weights: "
+                f"{pissa} needs weights that are not; set base_weights: bf16 (or fp32)"
+            )
         measuring = self.evaluation.model_fields_set
+        if self.forgetting is not None:  # it is measured at the same steps
+            measuring = measuring - {"every_steps"}
         if self.data.validation is None and measuring:
             raise ValueError(
                 f"data.validation is null, so evaluation.{min(measuring)} would be ignored; "
@@ -89,22 +111,36 @@ class Recipe(Section):
 
     def _check_task(self) -> None:
         """Raises ValueError for what does not fit the task."""
-        for key in OF_TURNS if self.task != "chat" else ():
+        for key in TURNS_OF.get(self.task, OF_TURNS):
             if key in self.data.model_fields_set:
-                raise ValueError(f"task: {self.task} has no turns; remove data.{key}")
+                raise ValueError(f"task: {self.task} trains no turns; remove data.{key}")
         for metric in self.evaluation.metrics:
             try:
                 fitting_metric(metric, self.task)
             except ValueError as error:
                 raise ValueError(f"evaluation.metrics: {error}") from None
+        if self.forgetting is not None and self.task not in WITH_WORDS:
+            raise ValueError(
+                f"forgetting is measured on answers in words, and a model of task: {self.task} has "
+                "none; remove forgetting"
+            )
         if self.head.class_weights is not None and self.task not in OF_CLASSES:
             raise ValueError(f"task: {self.task} has no classes; remove head.class_weights")
-        if self.training.label_smoothing and self.task == "regression":
-            raise ValueError("task: regression has no classes; remove training.label_smoothing")
+        if self.training.label_smoothing and self.task in OF_LABELS:
+            raise ValueError(f"task: {self.task} has no classes; remove training.label_smoothing")
         if self.data.on_too_long == "split" and self.task in OF_WHOLE_TEXTS:
             raise ValueError(
                 f"data.on_too_long: split would cut a text off from its label (task: {self.task}); "
                 "use drop or truncate"
+            )
+        if self.data.on_too_long in ("split", "truncate") and self.task == "reward":
+            raise ValueError(
+                f"data.on_too_long: {self.data.on_too_long} would cut off the end of a text, at "
+                "which its reward is read (task: reward); use drop"
+            )
+        if self.head.center_rewards_coefficient is not None and self.task != "reward":
+            raise ValueError(
+                f"task: {self.task} has no rewards; remove head.center_rewards_coefficient"
             )
 
     @classmethod
@@ -178,14 +214,20 @@ class Recipe(Section):
             if "against" in step:
                 step["against"] = _absolute(step["against"])
         tree["data"]["chat_template"] = _absolute(tree["data"]["chat_template"])
-        for key in OF_TURNS if self.task != "chat" else ():
+        for key in TURNS_OF.get(self.task, OF_TURNS):
             del tree["data"][key]
         tree["model"] = _absolute(tree["model"])
         tree["adapter"]["init_from"] = _absolute(tree["adapter"]["init_from"])
         if self.adapter.method == "none":
-            tree["adapter"] = {"method": "none"}
+            kept = {key: tree["adapter"][key] for key in WITHOUT_ADAPTER}
+            given = {key: value for key, value in kept.items() if value is not None}
+            tree["adapter"] = {"method": "none"} | given
         if self.data.validation is None:
-            del tree["evaluation"]
+            every = tree.pop("evaluation")["every_steps"]
+            if self.forgetting is not None:
+                tree["evaluation"] = {"every_steps": every}
+        for key in self.forgetting.ignored if self.forgetting is not None else ():
+            del tree["forgetting"][key]
         stream = io.StringIO()
         _yaml("safe").dump(tree, stream)
         return stream.getvalue()

@@ -29,6 +29,7 @@ TASK_METRICS = {
     "regression": ("loss", "mae", "pearson"),
     "token_classification": ("loss", "accuracy", "macro_f1", "micro_f1"),
     "question_answering": ("loss", "exact_match", "f1"),
+    "reward": ("loss", "accuracy"),
 }
 """Those that fit each task; a user's own compares answers, which only chats have."""
 
@@ -226,6 +227,33 @@ CleaningStep = Annotated[
 ]
 
 
+class NewToken(Section):
+    """A token that the tokenizer lacks."""
+
+    token: str = Field(description="as it is written")
+    special: bool = Field(
+        False, description="a control token: no text writes it, and no answer shows it"
+    )
+
+
+def _as_tokens(value: object) -> object:
+    """`<tool>` means `{token: "<tool>"}`."""
+    values = value if isinstance(value, list) else [value]
+    return [{"token": v} if isinstance(v, str) else v for v in values]
+
+
+def _distinct(tokens: list[NewToken]) -> list[NewToken]:
+    """The tokens themselves. Raises ValueError for an empty one, and for one that comes twice."""
+    seen: set[str] = set()
+    for new in tokens:
+        if not new.token.strip():
+            raise ValueError(f"{new.token!r} is empty or only white space; write a name")
+        if new.token in seen:
+            raise ValueError(f"{new.token!r} is in the list twice; remove one of them")
+        seen.add(new.token)
+    return tokens
+
+
 class Data(Section):
     """What is learnt from."""
 
@@ -245,6 +273,9 @@ class Data(Section):
     chat_template: str | None = Field(
         None, description="llama3, llama3.1, chatml or a .jinja file; default: the tokenizer's own"
     )
+    new_tokens: Annotated[
+        list[NewToken], BeforeValidator(_as_tokens), AfterValidator(_distinct)
+    ] = Field([], description="tokens to add to the tokenizer; their rows are trained")
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="what to do with a row that cannot be read; skip counts it"
     )
@@ -266,6 +297,7 @@ class AuditSettings(Section):
             "validation_leak",
             "too_long",
             "rare_class",
+            "same_answers",
         ]
     ] = Field([], description="checks that no longer stop the run")
 
@@ -276,13 +308,16 @@ class Head(Section):
     class_weights: Literal["balanced"] | dict[str, float] | None = Field(
         None, description="what a label of each class counts: balanced, or by its name"
     )
+    center_rewards_coefficient: float | None = Field(
+        None, gt=0, description="pulls the two rewards of a pair towards a sum of 0 (task: reward)"
+    )
 
 
 class Adapter(Section):
-    """What is trained: a low-rank adapter, or the whole model."""
+    """What is trained: a low-rank adapter, the whole model, or parts of it."""
 
     method: Literal["lora", "dora", "none"] = Field(
-        "lora", description="lora, dora (with magnitudes), or none for full fine-tuning"
+        "lora", description="lora, dora (with magnitudes), or none: the weights themselves"
     )
     r: int = Field(16, ge=1, description="rank")
     lora_alpha: float = Field(32, gt=0, description="scale: lora_alpha / r")
@@ -297,6 +332,35 @@ class Adapter(Section):
     init_from: str | None = Field(
         None, description="adapter folder of the same base and shape to go on from"
     )
+    init_lora_weights: str = Field(
+        "default",
+        pattern=r"^(default|pissa|pissa_niter_[0-9]{1,3})$",
+        description="default, pissa (principal part of W), pissa_niter_N (its fast approximation)",
+    )
+    modules_to_save: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="modules to train whole, such as [embed_tokens, norm]: beside an adapter, or "
+        "with none alone",
+    )
+    top_layers: int | None = Field(
+        None, ge=1, description="with method none: train only so many of the last layers"
+    )
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether every weight of the model is trained."""
+        partly = self.top_layers is not None or self.modules_to_save is not None
+        return self.method == "none" and not partly
+
+    @model_validator(mode="after")
+    def _top_layers_alone(self) -> Adapter:
+        if self.top_layers is not None and self.method != "none":
+            raise ValueError(
+                f"top_layers: these layers would be trained whole, and method: {self.method} "
+                "adapts every layer; set method: none, or name modules of theirs in modules_to_save"
+            )
+        return self
 
     @model_validator(mode="after")
     def _no_dropout_with_dora(self) -> Adapter:
@@ -307,12 +371,36 @@ class Adapter(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _what_pissa_starts(self) -> Adapter:
+        if self.init_lora_weights == "default":
+            return self
+        pissa = f"init_lora_weights: {self.init_lora_weights}"
+        if self.method == "dora":
+            raise ValueError(f"{pissa} starts a plain adapter; set method: lora or remove it")
+        if self.lora_dropout > 0:
+            raise ValueError(
+                f"lora_dropout: with {pissa} it would drop the principal part of the base itself; "
+                "set lora_dropout: 0 or init_lora_weights: default"
+            )
+        if self.init_from is not None:
+            raise ValueError(
+                f"init_from: that adapter has its start, so {pissa} would be ignored; remove one "
+                "of them (what PiSSA trained goes on as a plain adapter of twice the rank)"
+            )
+        return self
+
 
 class Training(Section):
     """The loop. `step` is an optimizer step."""
 
     optimizer: Literal["adamw", "adamw_8bit"] = Field(
         "adamw", description="adamw, or adamw_8bit: its state in a quarter of the bytes"
+    )
+    optimizer_in_backward: bool = Field(
+        False,
+        description="update each weight as soon as its gradient is there, and hold no other; one "
+        "pack a step, no clipping",
     )
     learning_rate: float = Field(2e-4, gt=0, description="peak learning rate")
     num_train_epochs: float = Field(1, gt=0, description="passes over the training rows")
@@ -357,6 +445,28 @@ class Training(Section):
     )
     seed: int = Field(0, ge=0, description="seed of everything random")
 
+    @model_validator(mode="after")
+    def _one_gradient_at_a_time(self) -> Training:
+        if not self.optimizer_in_backward:
+            return self
+        if self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "optimizer_in_backward: each gradient is used and freed at once, so those of "
+                f"several packs cannot be added (gradient_accumulation_steps: "
+                f"{self.gradient_accumulation_steps}); set gradient_accumulation_steps: 1"
+            )
+        if self.max_grad_norm is not None:
+            raise ValueError(
+                "optimizer_in_backward: the norm of the whole gradient is known only when every "
+                f"weight is updated (max_grad_norm: {self.max_grad_norm}); set max_grad_norm: null"
+            )
+        if self.compute_dtype == "fp16":
+            raise ValueError(
+                "optimizer_in_backward: fp16 skips a step when any of its gradients overflowed, "
+                "and some weights would be updated by then; set compute_dtype: fp32 (or bf16)"
+            )
+        return self
+
 
 class Evaluation(Section):
     """Measuring on held-out rows."""
@@ -373,5 +483,47 @@ class Evaluation(Section):
     early_stopping_patience: int | None = Field(
         3, ge=1, description="stop after this many validations without gain; null: never"
     )
+    early_stopping_min_gain: float = Field(
+        0.0, ge=0, description="least gain of the first metric that counts; the best is kept anyway"
+    )
     max_rows: int = Field(200, ge=1, description="held-out rows used for answers, at most")
     max_new_tokens: int = Field(256, ge=1, description="longest answer in tokens")
+
+
+GENERAL_PROMPTS, AREAS = 210, 5
+"""Prompts that ship with the package, and areas that they are evenly spread over."""
+
+
+class Forgetting(Section):
+    """Measuring, and bounding, what is forgotten: general prompts, against the model as the run
+    began."""
+
+    prompts: int = Field(
+        200, ge=AREAS, le=GENERAL_PROMPTS, description="general prompts, evenly over their areas"
+    )
+    max_kl: float | None = Field(
+        None, gt=0, description="budget: KL from the model as it was, in nats per token; null: none"
+    )
+    when_exceeded: Literal["stop", "choose"] = Field(
+        "stop", description="stop: the run ends; choose: it goes on, and keeps what is within"
+    )
+    answers: int = Field(10, ge=0, description="prompts that are answered before and after")
+    max_new_tokens: int = Field(128, ge=1, description="longest of these answers in tokens")
+
+    @property
+    def ignored(self) -> list[str]:
+        """Keys that say nothing beside the others."""
+        without_budget = ["when_exceeded"] if self.max_kl is None else []
+        return without_budget + (["max_new_tokens"] if self.answers == 0 else [])
+
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> Forgetting:
+        for key in self.ignored:
+            if key in self.model_fields_set:
+                other = "max_kl: null" if key == "when_exceeded" else "answers: 0"
+                raise ValueError(f"{key} would be ignored beside {other}; remove one of them")
+        if self.answers > self.prompts:
+            raise ValueError(
+                f"answers: {self.answers} are more than prompts: {self.prompts}; lower answers"
+            )
+        return self

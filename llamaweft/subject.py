@@ -15,6 +15,7 @@ import numpy as np
 
 from llamaweft.adapters.folder import CONFIG, load_adapter_state, read_adapter, save_adapter
 from llamaweft.adapters.lora import inject
+from llamaweft.adapters.whole import train_whole
 from llamaweft.data.chat import stop_ids
 from llamaweft.data.example import Example
 from llamaweft.data.targets import HEAD_TASKS
@@ -23,13 +24,15 @@ from llamaweft.evaluate.evaluator import Progress, side_by_side
 from llamaweft.export.hf import export_merged
 from llamaweft.export.parity import Parity, auto_class, verify_adapter, verify_merged
 from llamaweft.files import written_aside
-from llamaweft.model.folder import base_name
+from llamaweft.model.folder import base_name, find_folder
 from llamaweft.model.llama import LlamaForCausalLM, LlamaWithHead, Model
 from llamaweft.model.stores import own_codec
 from llamaweft.model.task_heads import HEAD_NAMES
+from llamaweft.model.tokenizer import load_tokenizer
+from llamaweft.pieces import adapter_tokens
 from llamaweft.pipeline import Pipeline, open_run
 from llamaweft.recipe import Recipe
-from llamaweft.settings import Evaluation, Rows, fitting_metric, known_metric
+from llamaweft.settings import Evaluation, NewToken, Rows, fitting_metric, known_metric
 from llamaweft.train.run_folder import write_json
 
 SYSTEM_ROWS = 1000
@@ -107,19 +110,32 @@ def open_subject(name: str, settings: Recipe | None = None) -> Subject:
                 f"{name} holds a head beside the adapter, and not what its outputs mean; give the "
                 "run folder that it is in"
             )
-        pipeline = Pipeline(_with_model(settings, base))
-        model = pipeline.load_frozen()
+        pipeline = Pipeline(_with_model(settings, base, adapter_tokens(Path(name))))
+        pipeline.check_whole(config, f"the adapter {name}")
+        model = pipeline.load_frozen(trained=config.modules_to_save)
         inject(model, config)
+        train_whole(model, [model.get_submodule(module) for module in config.modules_to_save])
         load_adapter_state(model, state, name)
         return Subject(name, pipeline, model.eval())
     pipeline = Pipeline(_with_model(settings, name))
     return Subject(name, pipeline, pipeline.load_frozen())
 
 
-def _with_model(settings: Recipe | None, model: str) -> Recipe:
+def _with_model(
+    settings: Recipe | None, model: str, tokens: Sequence[tuple[str, bool]] | None = None
+) -> Recipe:
+    """The settings for another model. tokens: that it gets beside its own; None: those of the
+    settings that it lacks."""
     if settings is None:
-        return Recipe.validate_tree({"model": model, "data": {"train": "not read"}})
-    return settings.model_copy(update={"model": model})
+        settings = Recipe.validate_tree({"model": model, "data": {"train": "not read"}})
+    new = settings.data.new_tokens
+    if tokens is not None:
+        new = [NewToken(token=text, special=special) for text, special in tokens]
+    elif new:
+        known = load_tokenizer(find_folder(model)).get_vocab()
+        new = [token for token in new if token.token not in known]
+    data = settings.data.model_copy(update={"new_tokens": new})
+    return settings.model_copy(update={"model": model, "data": data})
 
 
 def compare_subjects(
@@ -194,7 +210,7 @@ def export_run(run: Path, to: str, output: Path, *, verify: bool = True) -> Pari
     if pipeline is None:
         raise UserError(f"{run} is no run folder: it has no recipe.yaml")
     if to == "peft" and pipeline.lora is None:
-        raise UserError("this run trained the whole model, so it has no adapter; export --to hf")
+        raise UserError("this run trained the model itself and no adapter; export --to hf")
     model = pipeline.trained_model()
     with written_aside(output) as aside:
         parity = _export(pipeline, model, to, aside, verify)
@@ -239,4 +255,5 @@ def _export(pipeline: Pipeline, model: Model, to: str, folder: Path, verify: boo
 def parity_prompts(pipeline: Pipeline, count: int = 4) -> list[np.ndarray]:
     """Token ids of a few held-out documents (training ones where none are held out)."""
     documents = pipeline.data.validation_documents or pipeline.data.documents
-    return [document.ids[:PARITY_TOKENS] for document in documents[:count]]
+    texts = [text for document in documents[:count] for text in document.texts]
+    return [ids[:PARITY_TOKENS] for ids in texts[:count]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +39,25 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     init_random("tiny", folder, "builtin:smollm2-135m", "fp32", seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tied_folder(tiny_folder: Path, tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with one matrix for embedding and head."""
+    from dataclasses import replace
+
+    import torch
+
+    from llamaweft.model.folder import read_config
+    from llamaweft.model.init import random_tensors
+    from llamaweft.model.save import write_model
+
+    folder = tmp_path_factory.mktemp("models") / "tied"
+    folder.mkdir()
+    config = replace(read_config(tiny_folder), tie_word_embeddings=True)
+    tensors, dtype = random_tensors(config, seed=1), torch.float32
+    write_model(folder, config, tensors, tokenizer.save_pretrained, dtype=dtype)
     return folder
 
 
@@ -97,3 +117,25 @@ def write_recipe(tree: dict, path: Path) -> Path:
     """A recipe file; JSON is YAML."""
     path.write_text(json.dumps(tree), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch, capsys):
+    """Runs a command in tmp_path as `llamaweft` does, without a process of its own: what it says
+    on stdout, or, where it is refused, its one error."""
+    from llamaweft.cli.app import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["llamaweft", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        assert (ended.value.code or 0) == code, said.err
+        if not code:
+            return said.out
+        (line,) = [line for line in said.err.splitlines() if line.startswith("error:")]
+        return line
+
+    return call

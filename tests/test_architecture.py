@@ -27,15 +27,18 @@ ALLOWED = {
     "export": {"model", "weights", "adapters", "generate", "runtime"},
     "pieces": {"recipe", "runtime", "weights", "model", "adapters", "data", "plan", "train"},
     "planning": {"pieces", "recipe", "runtime", "weights", "plan"},
+    "forgetting": {"pieces", "evaluate", "model"},
     "pipeline": {
-        "pieces", "planning", "recipe", "settings", "runtime", "weights", "model", "adapters", "data", "plan", "train",
+        "forgetting", "pieces", "planning", "recipe", "settings", "runtime", "weights", "model", "adapters", "data", "plan", "train",
         "generate", "evaluate", "export",
     },
     "subject": {
         "pipeline", "pieces", "recipe", "settings", "runtime", "weights", "model", "adapters", "data", "plan", "train",
         "generate", "evaluate", "export",
     },
-    "predictions": {"subject", "data", "generate"},
+    "sweep": {"pipeline", "recipe", "plan", "train", "evaluate"},
+    "predictions": {"subject", "pipeline", "model", "data", "generate", "evaluate"},
+    "harness_run": {"subject", "pipeline", "evaluate", "data", "model", "prefixes"},
 }  # fmt: skip
 
 

@@ -31,11 +31,13 @@ def show(
     json_output: JsonFlag = False,
 ) -> None:
     """Training rows token by token: trained ones are green and underlined, context is dim."""
+    from llamaweft.data.classes import label_names
     from llamaweft.pipeline import Pipeline
 
     pipeline = Pipeline(Recipe.load(recipe, overrides or []))
     with preparing(pipeline):
         documents = pipeline.data.documents[start - 1 : start - 1 + rows]
+        classes, task = pipeline.data.classes, pipeline.recipe.task
     shown = [
         {
             "where": document.where,
@@ -43,7 +45,8 @@ def show(
             "tokens": [pipeline.tokenizer.decode([token]) for token in document.ids.tolist()],
             "trained": (document.weights > 0).tolist(),
         }
-        | ({} if document.labels is None else {"labels": pipeline.label_names(document)})
+        | ({} if document.labels is None else {"labels": label_names(document, task, classes)})
+        | ({"second": document.second} if document.second else {})
         for document in documents
     ]
     if json_output:
@@ -54,22 +57,33 @@ def show(
         out.print(
             f"[bold]{escape(row['where'])}[/bold]  {len(row['ids'])} tokens, {trained} trained"
         )
-        out.print(_coloured(pipeline.tokenizer, row), soft_wrap=True)
-        if "labels" in row:
+        for side, part in _sides(row).items():
+            if side:
+                out.print(f"[bold]{side}[/bold]")
+            ids, marks = row["ids"][part], row["trained"][part]
+            out.print(_coloured(pipeline.tokenizer, ids, marks), soft_wrap=True)
+        if "labels" in row and "second" not in row:
             out.print(Text(f"labels: {', '.join(row['labels'])}"))
         out.print()
     out.print("[green underline]trained[/green underline]  [dim]context[/dim]")
 
 
-def _coloured(tokenizer: Any, row: dict[str, Any]) -> Text:
+def _sides(row: dict[str, Any]) -> dict[str, slice]:
+    """The texts of a row by name: of a pair two."""
+    if "second" not in row:
+        return {"": slice(None)}
+    return {"chosen": slice(row["second"]), "rejected": slice(row["second"], None)}
+
+
+def _coloured(tokenizer: Any, ids: list[int], trained: list[bool]) -> Text:
     """Runs of trained and untrained tokens are decoded together, so that characters of several
     tokens stay whole."""
     text = Text()
     start = 0
-    for end in range(1, len(row["ids"]) + 1):
-        if end == len(row["ids"]) or row["trained"][end] != row["trained"][start]:
-            style = "green underline" if row["trained"][start] else "dim"
-            text.append(tokenizer.decode(row["ids"][start:end]), style=style)
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or trained[end] != trained[start]:
+            style = "green underline" if trained[start] else "dim"
+            text.append(tokenizer.decode(ids[start:end]), style=style)
             start = end
     return text
 

@@ -15,21 +15,25 @@ app = typer.Typer(rich_markup_mode=None, add_completion=False)
 @app.command()
 def predict(
     subject: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="Who answers.")],
-    prompts: Annotated[str, typer.Argument(help="Chats or prompts; own answers are left out.")],
+    prompts: Annotated[
+        str, typer.Argument(help="Chats or prompts, or rows for a head; own answers are left out.")
+    ],
     output: Annotated[Path, typer.Option(help="The JSONL file of answers to write.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 512,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer in tokens; 512 if left out.", min=1)
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the answers of a call that was stopped.")
     ] = False,
     json_output: JsonFlag = False,
 ) -> None:
-    """Greedy answers to a file of prompts, in batches, each as a line of JSON."""
-    from llamaweft.data.formats import to_prompts
+    """Greedy answers to a file of prompts, or what a head says of each, as lines of JSON."""
     from llamaweft.data.sources import read_path
     from llamaweft.predictions import predict as answer
+    from llamaweft.predictions import read_prompts
     from llamaweft.subject import open_subject
 
-    rows = to_prompts(read_path(prompts))
+    rows = read_prompts(subject, read_path(prompts), max_new_tokens)
     say(f"loading {subject}")
     opened = open_subject(subject)
     with counted("answering") as progress:

@@ -19,6 +19,12 @@ WIDTH, HEIGHT = 600, 200
 MAX_POINTS = 600
 """Points a line may have; a longer one is drawn by the extremes of each stretch."""
 
+GENERAL = {
+    "forgetting_kl": "Forgetting: KL, nats per token",
+    "forgetting_loss": "Loss on general prompts, nats per token",
+}
+"""Titles of what is measured on general prompts."""
+
 Points = list[tuple[int, float]]
 
 
@@ -106,9 +112,10 @@ def interval_svg(
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether a metric is a loss, a perplexity or the error mae. Every other one, and every
-    `module:function` of the user's, is better the higher it is."""
-    return ":" not in metric and metric.lower().endswith(("loss", "perplexity", "mae"))
+    """Whether a metric is a loss, a perplexity, bits_per_byte, a divergence or the error mae. Every
+    other one, and every `module:function` of the user's, is better the higher it is."""
+    falling = ("loss", "perplexity", "bits_per_byte", "mae", "_kl")
+    return ":" not in metric and metric.lower().endswith(falling)
 
 
 def is_share(metric: str, values: Iterable[float]) -> bool:
@@ -153,6 +160,8 @@ def _loss_panel(train: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> 
 
 
 def _held_out_panel(name: str, points: Points) -> Panel | None:
+    if name in GENERAL:
+        return _panel(GENERAL[name], [Series("general", "held-out", points)], _first_to_last)
     if is_share(name, (value for _, value in points)):
         name, points = f"{name}, %", [(step, 100 * value) for step, value in points]
     return _panel(name, [Series("held out", "held-out", points)], _first_to_last)

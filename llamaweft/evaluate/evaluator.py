@@ -89,7 +89,7 @@ class Evaluator:
         if set(LOSSES) & set(self.metrics):
             parts["loss"] = [list(row) for row in self._losses(model)]
         results = {
-            name: asdict(summarise(parts[_parts_name(name)], score_of(name)))
+            name: asdict(summarise(parts[parts_name(name)], score_of(name)))
             for name in self.metrics
         }
         return {
@@ -147,8 +147,11 @@ def side_by_side(before: dict[str, Any], after: dict[str, Any] | None) -> dict[s
         "after": None if after is None else {"metrics": after["metrics"]},
         "examples": [_example(b, None if after is None else a) for b, a in shown],
     }
-    if after is not None and "confusion" in after:
-        content["confusion"] = {"before": before["confusion"], "after": after["confusion"]}
+    if "confusion" in before:
+        sides = {"before": before["confusion"]}
+        if after is not None:
+            sides["after"] = after["confusion"]
+        content["confusion"] = sides
     if after is not None and "parts" in before and "parts" in after:
         content["difference"] = _differences(before, after)
     return content
@@ -169,7 +172,7 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, dic
     """
     found = {}
     for name in before["metrics"]:
-        old, new = (side["parts"].get(_parts_name(name), []) for side in (before, after))
+        old, new = (side["parts"].get(parts_name(name), []) for side in (before, after))
         same = len(old) == len(new) > 0
         if same and name in LOSSES:
             same = np.allclose([row[1] for row in old], [row[1] for row in new], rtol=1e-9)
@@ -179,7 +182,8 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, dic
     return found
 
 
-def _parts_name(metric: str) -> str:
+def parts_name(metric: str) -> str:
+    """Under which name `measure` gives what rows add to a metric."""
     return "loss" if metric in LOSSES else metric
 
 

@@ -12,26 +12,24 @@ from torch import Tensor
 
 from llamaweft.data.chat import Document, Tokenizer
 from llamaweft.data.classes import Classes
-from llamaweft.data.example import Example, Span, Tags
+from llamaweft.data.cleaning import texts_of
+from llamaweft.data.example import Example, Message, Preference, Span, Tags
 from llamaweft.data.selection import lengths_of
+from llamaweft.data.targets import REWARD
 from llamaweft.errors import UserError
 from llamaweft.evaluate.bootstrap import Parts, ratio, summarise
 from llamaweft.evaluate.evaluator import Answer, Progress
+from llamaweft.evaluate.head_answers import SHARE_THAT_HOLDS, likeliest_stretch
 from llamaweft.evaluate.head_metrics import HEAD_SCORES, OUTSIDE, accuracy, counted, moments
 from llamaweft.evaluate.metrics import f1, squad_exact_match
-
-LONGEST_ANSWER_TOKENS = 64
-"""Of an answer that is read off a text."""
-
-SHARE_THAT_HOLDS = 0.5
-"""A class of several holds from this probability on."""
 
 
 @dataclass(frozen=True)
 class Said:
     """What a head says of one row. loss: summed, and its weight. said, expected: classes, or a
-    value; of an answer, none. text: as a person reads it. references: what it should be, one of
-    them; SQuAD's measures take the best (Rajpurkar et al., 2016)."""
+    value, of a pair two; of an answer, none. text: as a person reads it. references: what it should
+    be, one of them; SQuAD's measures take the best (Rajpurkar et al., 2016). Of a pair: its texts.
+    """
 
     loss: tuple[float, float]
     said: np.ndarray
@@ -116,7 +114,13 @@ class HeadEvaluator:
             assert isinstance(example.target, Span)
             none = np.zeros(0)
             answers = example.target.answers or ("",)
-            return Said(loss, none, none, self._answer(example, logits), answers)
+            text = likeliest_stretch(self.tokenizer, example.target, logits).text
+            return Said(loss, none, none, text, answers)
+        if self.task == REWARD:
+            assert isinstance(example.target, Preference)
+            said = logits.squeeze(-1).numpy()  # of a pair, the better text's first
+            text = f"chosen {said[0]:.4g}, rejected {said[1]:.4g} ({said[0] - said[1]:+.2g})"
+            return Said(loss, said, target, text, (_both_sides(example.target),))
         if self.task == "regression":
             value = logits[0].numpy()
             return Said(loss, value, target[:1], f"{value[0]:.4g}", (f"{target[0]:.4g}",))
@@ -136,26 +140,6 @@ class HeadEvaluator:
         between = " " if self.task == "token_classification" else ", "
         return between.join(names[c] for c in classes.tolist())
 
-    def _answer(self, example: Example, logits_TC: Tensor) -> str:
-        """The most likely stretch of the context; no text where the first token is likelier: as
-        BERT reads SQuAD 2 (Devlin et al., 2019)."""
-        span = example.target
-        assert isinstance(span, Span)
-        encoding = self.tokenizer.backend_tokenizer.encode(span.question, span.context)
-        inside = [i for i, side in enumerate(encoding.sequence_ids) if side == 1]
-        inside = [i for i in inside if i < len(logits_TC)]
-        if not inside:
-            return ""
-        begin, end = logits_TC[inside, 0], logits_TC[inside, 1]
-        count = len(inside)
-        score = begin[:, None] + end[None, :]
-        allowed = torch.ones(count, count).triu().tril(LONGEST_ANSWER_TOKENS - 1).bool()
-        best = int(score.masked_fill(~allowed, -torch.inf).argmax())
-        start, stop = inside[best // count], inside[best % count]
-        if logits_TC[0].sum() > score.view(-1)[best]:
-            return ""
-        return str(span.context[encoding.offsets[start][0] : encoding.offsets[stop][1]]).strip()
-
     # --- what it comes to ------------------------------------------------------------------------
 
     def _row(self, metric: str, one: Said) -> Parts:
@@ -170,6 +154,8 @@ class HeadEvaluator:
                 return float(abs(one.said[0] - one.expected[0])), 1.0
             case "pearson":
                 return moments(float(one.said[0]), float(one.expected[0]))
+            case "accuracy" if self.task == REWARD:  # as trl counts: equal ones are not right
+                return float(one.said[0] > one.said[1]), 1.0
         assert self.classes is not None
         if metric == "accuracy":
             return accuracy(one.said, one.expected, self.classes.many)
@@ -194,9 +180,19 @@ class HeadEvaluator:
         return {"labels": names, "counts": counts.tolist()}
 
 
+def _both_sides(target: Preference) -> str:
+    return f"chosen: {_words(target.chosen)}\nrejected: {_words(target.rejected)}"
+
+
+def _words(messages: tuple[Message, ...]) -> str:
+    return "\n".join(texts_of(Example("", messages)))
+
+
 def _prompt(example: Example) -> str:
     target = example.target
     match target:
+        case Preference():
+            return _words(example.messages)
         case Tags():
             return " ".join(target.tokens)
         case Span():

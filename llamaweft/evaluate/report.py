@@ -9,7 +9,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, takewhile
 from pathlib import Path
@@ -20,6 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from llamaweft.data.audit import audit_in_words, finding_in_words
 from llamaweft.evaluate.confusion import confusion_matrix
 from llamaweft.evaluate.curves import panels
+from llamaweft.evaluate.report_forgetting import COLUMNS, forgetting_view
 from llamaweft.evaluate.report_markdown import markdown_report
 from llamaweft.evaluate.report_metrics import NOTHING, compare_metrics, finite, headline
 
@@ -39,8 +40,8 @@ class ReportInput:
     device, compute dtype and its reason, commit. audit: Audit.to_dict(). plan: free-form; shown
     against what was measured where it has seconds_per_step or peak_bytes; parts: bytes by name.
     metrics: records of metrics.jsonl. evaluations: {"name", "before": {"metrics"},
-    "after": {"metrics"} or None, "difference" and "confusion" or nothing, "examples":
-    [{"prompt", "reference", "before", "after"}]}.
+    "after": {"metrics"} or None, "difference", "confusion" and "forgetting" or nothing, "examples":
+    [{"prompt", "reference", "before", "after"}]}. notes: what a reader should know first.
     """
 
     title: str
@@ -51,6 +52,7 @@ class ReportInput:
     plan: dict[str, Any]
     metrics: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
+    notes: Sequence[str] = ()
 
 
 def write_report(run: ReportInput, html: Path, markdown: Path) -> None:
@@ -76,7 +78,9 @@ def _view(run: ReportInput) -> dict[str, Any]:
     return {
         "title": run.title or "Training report",
         "headline": headline(evaluations),
+        "notes": list(run.notes),
         "evaluations": evaluations,
+        "forgetting_columns": COLUMNS,
         "panels": panels(run.metrics),
         "cost": _cost(train),
         "audit": _audit(run.audit),
@@ -113,6 +117,7 @@ def _write(path: Path, text: str) -> None:
 
 def _evaluation(evaluation: dict[str, Any]) -> dict[str, Any]:
     examples = evaluation.get("examples") or []
+    forgetting = evaluation.get("forgetting")
     return {
         "name": str(evaluation["name"]),
         "metrics": compare_metrics(evaluation),
@@ -123,6 +128,8 @@ def _evaluation(evaluation: dict[str, Any]) -> dict[str, Any]:
         ],
         "examples": [_example(example) for example in examples[:MAX_EXAMPLES]],
         "examples_in_all": len(examples),
+        "forgetting": forgetting_view(forgetting),
+        "general_examples": [_example(e) for e in (forgetting or {}).get("examples", [])],
     }
 
 

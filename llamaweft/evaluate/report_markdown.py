@@ -13,8 +13,11 @@ from llamaweft.evaluate.report_metrics import NOTHING
 def markdown_report(view: dict[str, Any]) -> str:
     """The text of report.md from what the report shows."""
     blocks = [f"# {escape(view['title'])}", f"**{escape(view['headline']['text'])}**"]
+    blocks += [escape(note) for note in view["notes"]]
     for evaluation in view["evaluations"]:
         blocks += _evaluation(evaluation)
+    for evaluation in view["evaluations"]:
+        blocks += _forgetting(evaluation, view["forgetting_columns"])
     if view["panels"]:
         head = ("Curve", "Points", "First", "Last", "Lowest", "Highest", "Mean")
         blocks += ["## Curves", table(head, summary_rows(view["panels"]))]
@@ -54,19 +57,37 @@ def _evaluation(evaluation: dict[str, Any]) -> list[str]:
     ]
 
 
+def _forgetting(evaluation: dict[str, Any], columns: Sequence[str]) -> list[str]:
+    forgetting = evaluation["forgetting"]
+    if forgetting is None:
+        return []
+    blocks = ["## Forgetting", f"{escape(forgetting['summary'])}."]
+    if forgetting["budget"] is not None:
+        blocks.append(escape(forgetting["budget"]))
+    blocks.append(table(columns, forgetting["rows"]))
+    if evaluation["general_examples"]:
+        blocks.append(_answers(evaluation["general_examples"]))
+    return blocks
+
+
 def _examples(evaluation: dict[str, Any]) -> list[str]:
     if not evaluation["examples"]:
         return []
+    shown = evaluation["examples"]
+    return [
+        f"## Answers: {escape(evaluation['name'])}",
+        f"{len(shown)} of {evaluation['examples_in_all']:,} answers. ⏎ is the end of a line.",
+        _answers(shown),
+    ]
+
+
+def _answers(examples: Sequence[dict[str, Any]]) -> str:
     keys = ("prompt", "reference", "before", "after")
     rows = [
         (str(number), *(NOTHING if example[key] is None else example[key] for key in keys))
-        for number, example in enumerate(evaluation["examples"], start=1)
+        for number, example in enumerate(examples, start=1)
     ]
-    return [
-        f"## Answers: {escape(evaluation['name'])}",
-        f"{len(rows)} of {evaluation['examples_in_all']:,} answers. ⏎ is the end of a line.",
-        table(("#", "Prompt", "Reference", "Before", "After"), rows),
-    ]
+    return table(("#", "Prompt", "Reference", "Before", "After"), rows)
 
 
 def _audit(audit: dict[str, Any]) -> list[str]:

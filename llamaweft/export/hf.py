@@ -34,10 +34,14 @@ def merged_tensors(model: Model) -> Iterator[tuple[str, Tensor]]:
 
 def described(model: Model, tokenizer: Any) -> dict[str, Any]:
     """What config.json says of a model with a head, beside what it says of any: transformers reads
-    the last token that is no padding."""
+    the last token that is no padding. A reward is read so in training, where the end token pads if
+    the tokenizer has no other."""
     if not isinstance(model, LlamaWithHead):
         return {}
-    return model.head_config.to_config() | {"pad_token_id": tokenizer.pad_token_id}
+    pad = tokenizer.pad_token_id
+    if pad is None and model.head_config.task == "reward":
+        pad = tokenizer.eos_token_id
+    return model.head_config.to_config() | {"pad_token_id": pad}
 
 
 def export_merged(

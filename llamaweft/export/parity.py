@@ -83,6 +83,8 @@ def verify_adapter(
             codec = codec_of(name, base_weights, parameter.ndim)
             parts = encode(codec, parameter.data)
             parameter.data = decode(codec, parts, torch.float32)
+    if model.config.vocab_size != live.config.vocab_size:  # as peft's AutoPeftModel does
+        model.resize_token_embeddings(live.config.vocab_size, mean_resizing=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
         consumer = PeftModel.from_pretrained(model, folder)
@@ -111,14 +113,16 @@ def _opened(folder: Path | str, live: Model) -> Any:
 @torch.inference_mode()
 def _compare(
     live: Model,
-    consumer: torch.nn.Module,
+    consumer: Any,
     name: str,
     tolerance: float,
     prompts: list[np.ndarray],
 ) -> Parity:
     consumer.eval()
     live.eval()
-    ours_TV = torch.cat([_given(live, one) for one in _in_fp32(live, prompts)])
+    pad = consumer.config.pad_token_id
+    logits = zip(_in_fp32(live, prompts), prompts, strict=True)
+    ours_TV = torch.cat([_given(live, one, ids, pad) for one, ids in logits])
     theirs_TV = torch.cat(
         [_logits(consumer(torch.from_numpy(ids.astype(np.int64))[None])) for ids in prompts]
     ).float()
@@ -144,10 +148,13 @@ def _logits(output: Any) -> Tensor:
     return logits if logits.ndim == 2 else logits[None]
 
 
-def _given(live: Model, logits_TC: Tensor) -> Tensor:
-    """The positions that transformers gives: of a classifier of texts the last one."""
-    of_texts = auto_class(live) == "AutoModelForSequenceClassification"
-    return logits_TC[-1:] if of_texts else logits_TC
+def _given(live: Model, logits_TC: Tensor, ids: np.ndarray, pad: int | None) -> Tensor:
+    """The positions that transformers gives: of a classifier of texts the last that is no
+    padding."""
+    if auto_class(live) != "AutoModelForSequenceClassification":
+        return logits_TC
+    read = int(np.flatnonzero(ids != pad).max(initial=0))
+    return logits_TC[read : read + 1]
 
 
 def _in_fp32(live: Model, prompts: list[np.ndarray]) -> list[Tensor]:

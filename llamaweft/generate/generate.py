@@ -97,12 +97,14 @@ def generate_batch(
     max_new_tokens: int,
     cache_bytes: int = CACHE_BYTES,
     progress: Callable[[int], None] | None = None,
+    is_complete: Callable[[Sequence[int]], bool] | None = None,
 ) -> list[Answer]:
     """The greedy answer to each prompt, in the given order.
 
     Prompts of like length share a batch; a finished sequence leaves it. An answer has
     `max_new_tokens` at most, and ends where the model's context does. cache_bytes: of keys and
-    values held at once. progress: called with the number of finished prompts.
+    values held at once. progress: called with the number of finished prompts. is_complete: whether
+    an answer ends with the last of these tokens, which are part of it.
     """
     context = model.config.max_position_embeddings
     most = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
@@ -123,7 +125,9 @@ def generate_batch(
                     finish[row] = "stop"
                     continue
                 answers[row].append(token)
-                if len(answers[row]) < most[row]:
+                if is_complete is not None and is_complete(answers[row]):
+                    finish[row] = "stop"
+                elif len(answers[row]) < most[row]:
                     alive.append(place)
             if len(alive) < len(rows):
                 rows = [rows[place] for place in alive]

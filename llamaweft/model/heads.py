@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llamaweft.model.pack import Pack
 from llamaweft.weights.frozen import FrozenWeight, tile_size
+from llamaweft.weights.grown import GrownWeight
 from llamaweft.weights.linear import Linear
 
 TILE_LABELS = 256
@@ -23,7 +24,7 @@ products (docs/log.md)."""
 VOCABULARY_TILE = 16384
 """Rows of the head that are multiplied at once on a GPU."""
 
-Weight = nn.Parameter | FrozenWeight
+Weight = nn.Parameter | FrozenWeight | GrownWeight
 
 
 class CausalLMHead(Linear):
@@ -42,7 +43,7 @@ class CausalLMHead(Linear):
         hidden_NE: the hidden state of each label, in the order of the pack's labels.
         tile_labels: labels whose logits are held at once.
         """
-        trained = self.weight if isinstance(self.weight, nn.Parameter) else None
+        trained = _trained_rows(self.weight)[0]
         total = _TiledCrossEntropy.apply(
             hidden_NE,
             trained,
@@ -64,6 +65,17 @@ class CausalLMHead(Linear):
         ]
         return torch.cat(found) if found else hidden_NE.new_zeros(0, dtype=torch.float32)
 
+    @torch.no_grad()
+    def likeliest(self, hidden_NE: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
+        """`label_losses`, and for each label whether its target is the likeliest token."""
+        losses, hits = [], []
+        for rows in _label_tiles(len(hidden_NE), TILE_LABELS):
+            target_C = pack.label_target_N[rows]
+            softmax_VC, loss_C = _softmax(hidden_NE[rows], self.weight, target_C)
+            losses.append(loss_C)
+            hits.append(softmax_VC.argmax(dim=0) == target_C)
+        return torch.cat(losses), torch.cat(hits)
+
 
 def _label_tiles(labels: int, most: int) -> list[slice]:
     """The labels in tiles of like size."""
@@ -72,12 +84,30 @@ def _label_tiles(labels: int, most: int) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(edges)]
 
 
+def _trained_rows(weight: Weight) -> tuple[nn.Parameter | None, slice]:
+    """What is trained of a weight, and which rows of the vocabulary that is."""
+    if isinstance(weight, GrownWeight):
+        return weight.new_NE, weight.span
+    return (weight if isinstance(weight, nn.Parameter) else None), slice(None)
+
+
 def _vocabulary_tiles(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """(rows, w_rows in `dtype`), valid until the next one."""
-    vocabulary = weight.shape[0]
+    if not isinstance(weight, GrownWeight):
+        yield from _tiles(weight, slice(0, weight.shape[0]), dtype)
+        return
+    yield weight.span, weight.new_NE.detach().to(dtype)
+    for of_base in weight.of_base:
+        yield from _tiles(weight.base, of_base, dtype)
+
+
+def _tiles(
+    weight: nn.Parameter | FrozenWeight, part: slice, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """Those of one part of the rows."""
     on_cpu = weight.device.type == "cpu"
     size = 2 * tile_size(weight.shape[1], dtype) if on_cpu else VOCABULARY_TILE
-    tiles = [slice(a, min(a + size, vocabulary)) for a in range(0, vocabulary, size)]
+    tiles = [slice(a, min(a + size, part.stop)) for a in range(part.start, part.stop, size)]
     if isinstance(weight, FrozenWeight) and on_cpu:
         for rows in tiles:
             yield rows, weight.rows(rows.start, rows.stop, dtype)
@@ -134,7 +164,8 @@ class _TiledCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_NE = torch.empty_like(hidden_NE) if wants_hidden else None
-        grad_VE = torch.zeros_like(weight) if wants_weight else None  # type: ignore[arg-type]
+        grad_VE = torch.zeros_like(trained_VE) if wants_weight else None  # type: ignore[arg-type]
+        trained_rows = _trained_rows(weight)[1]
         total = torch.zeros((), dtype=torch.float32, device=hidden_NE.device)
         for rows in _label_tiles(len(target_N), tile_labels):
             softmax_VC, loss_C = _softmax(hidden_NE[rows], weight, target_N[rows], smoothing)
@@ -149,7 +180,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
             if grad_NE is not None:
                 grad_NE[rows] = _back_to_hidden(grad_VC, weight, hidden_NE.dtype)
             if grad_VE is not None:
-                grad_VE += grad_VC.to(hidden_NE.dtype) @ hidden_NE[rows]
+                grad_VE += grad_VC[trained_rows].to(hidden_NE.dtype) @ hidden_NE[rows]
         ctx.save_for_backward(grad_NE, grad_VE)
         return total
 

@@ -26,7 +26,7 @@ from llamaweft.model.attention import (
 from llamaweft.model.heads import CausalLMHead
 from llamaweft.model.pack import Pack
 from llamaweft.model.presets import LlamaConfig
-from llamaweft.model.replay import KEEPABLE, Segment, Tape, recorded
+from llamaweft.model.replay import KEEPABLE, Segment, Tape, Tiling, recorded
 from llamaweft.model.swiglu import swiglu
 from llamaweft.model.task_heads import TaskHead
 from llamaweft.weights.linear import Embedding, Linear
@@ -114,6 +114,12 @@ class DecoderLayer(nn.Module):
         return self.mlp(self.post_attention_layernorm(x_TE), tape) + x_TE
 
     @property
+    def trains_attention(self) -> bool:
+        """Whether something in its first segment is trained."""
+        parts = (*self.self_attn.parameters(), *self.input_layernorm.parameters())
+        return any(p.requires_grad for p in parts)
+
+    @property
     def draws_random_numbers(self) -> bool:
         """Whether an adapter in it drops inputs."""
         return self.training and any(getattr(m, "dropout", 0) > 0 for m in self.modules())
@@ -143,7 +149,8 @@ class LlamaModel(nn.Module):
 
     neftune_noise_alpha: of the noise on embeddings in training (Jain et al., 2023). compute_dtype:
     dtype of activations and products. memory: what is kept for the backward pass.
-    stream: brings the frozen weights of the next layer (weights/stream.py).
+    stream: brings the frozen weights of the next layer (weights/stream.py). tiling: where the
+    backward pass is.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -153,6 +160,7 @@ class LlamaModel(nn.Module):
         self.neftune_noise_alpha: float | None = None
         self.memory = Memory.all_kept(config.num_hidden_layers)
         self.stream: Stream = Resident()
+        self.tiling = Tiling()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
@@ -214,13 +222,22 @@ class LlamaModel(nn.Module):
     ) -> Tensor:
         layer, keep = self.decoders[index], self.memory.keep[index]
         dtype, random = self.memory.keep_dtype, layer.draws_random_numbers
-        attention = Segment(
-            lambda x, tape: layer.attention_segment(x, rope, attend, tape, rows),
-            keep,
-            "o_proj",
-            dtype=dtype,
-            random=random,
-        )
+
+        def before() -> None:
+            self.stream.before(index, -1)
+
+        attention: Segment | None = None
+        if x_TE.requires_grad or layer.trains_attention:
+            attention = Segment(
+                lambda x, tape: layer.attention_segment(x, rope, attend, tape, rows),
+                keep,
+                "o_proj",
+                dtype=dtype,
+                random=random,
+            )
+            x_TE = recorded(attention, x_TE, before)
+        else:
+            x_TE = layer.attention_segment(x_TE, rope, attend, Tape(), rows)
         mlp = Segment(
             layer.mlp_segment,
             keep,
@@ -229,20 +246,20 @@ class LlamaModel(nn.Module):
             source=None if "mid" in keep else attention,
             dtype=dtype,
             random=random,
+            tiling=self.tiling,
         )
-
-        def before() -> None:
-            self.stream.before(index, -1)
-
-        return recorded(mlp, recorded(attention, x_TE, before), before)
+        return recorded(mlp, x_TE, before)
 
 
 class LlamaForCausalLM(nn.Module):
-    """The model with its head. Parameters are trained unless they are frozen by the loader."""
+    """The model with its head. Parameters are trained unless they are frozen by the loader.
+
+    modules_to_save: peft's name for what an adapter folder holds whole."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
+        self.modules_to_save: tuple[str, ...] = ()
         self.model = LlamaModel(config)
         self.lm_head = CausalLMHead(config.hidden_size, config.vocab_size)
         self.tie_weights()
@@ -277,6 +294,17 @@ class LlamaForCausalLM(nn.Module):
         rows = zip(sums.tolist(), weights.tolist(), strict=True)
         return [(total, weight) for total, weight in rows if weight > 0]
 
+    @torch.no_grad()
+    def sequence_scores(self, pack: Pack) -> list[tuple[float, bool]]:
+        """For each document, all of which have labels: their summed log-probability in nats, and
+        whether each is the likeliest token there."""
+        hidden_NE = self.hidden(pack)[pack.label_position_N]
+        loss_N, hit_N = self.lm_head.likeliest(hidden_NE, pack)
+        sums = torch.bincount(pack.label_sequence_N, loss_N.double())
+        misses = torch.bincount(pack.label_sequence_N, (~hit_N).double())
+        rows = zip(sums.tolist(), misses.tolist(), strict=True)
+        return [(-total, missed == 0) for total, missed in rows]
+
     def forward(self, pack: Pack) -> Tensor:
         """Logits_TV of every position, in fp32: for comparing, not for training."""
         return self.lm_head(self.hidden(pack)).float()
@@ -289,16 +317,12 @@ class LlamaWithHead(nn.Module):
     def __init__(self, causal: LlamaForCausalLM, head: TaskHead) -> None:
         super().__init__()
         self.config, self.head_config = causal.config, head.config
+        self.modules_to_save: tuple[str, ...] = (head.config.name,)
         self._hold(causal.model)
         self.add_module(head.config.name, head)
 
     def _hold(self, model: LlamaModel) -> None:
         self.model = model
-
-    @property
-    def modules_to_save(self) -> tuple[str, ...]:
-        """peft's name for what an adapter folder holds whole."""
-        return (self.head_config.name,)
 
     @property
     def peft_task(self) -> str:

@@ -22,12 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llamaweft.prefixes import prefix_tree, unshared
+from llamaweft.prefixes import numbered, prefix_tree, texts_within, unshared
 
 
 class DocumentLike(Protocol):
     """What a pack is made of: token ids, and how much each token counts as a target. One with
-    `labels` (position, target, weight) is for a head that reads it there; -1 is the last token."""
+    `labels` (position, target, weight) is for a head that reads it there; -1 is the last token. One
+    with `second` above 0 is a pair of texts, of which the second begins at that token."""
 
     @property
     def ids(self) -> np.ndarray: ...
@@ -64,14 +65,15 @@ class Pack:
         """A pack of documents; the first token of each has no context, so it is never a target.
 
         share: beginnings that documents have in common stand once (prefixes.py), and positions
-        continue from them. Otherwise each document is one segment.
+        continue from them. Otherwise each document is one segment, and a pair of texts two.
         """
-        ids = [document.ids for document in documents]
+        texts = [texts_within(d.ids, getattr(d, "second", 0)) for d in documents]
+        ids = [text for of in texts for text in of]
         tree = prefix_tree(ids) if share else unshared([len(i) for i in ids])
         sizes = [run.tokens for run in tree.runs]
         position, target, weight, sequence = [], [], [], []
-        for index, document in enumerate(documents):
-            places = tree.places(index)
+        for index, (document, own) in enumerate(zip(documents, numbered(texts), strict=True)):
+            places = np.concatenate([tree.places(text) for text in own])
             labels = getattr(document, "labels", None)
             if labels is not None:
                 position.append(places[labels["position"]])

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -70,12 +71,21 @@ class Tape:
 Run = Callable[[Tensor, Tape], Tensor]
 
 
+@dataclass
+class Tiling:
+    """goes_on: whether the backward pass is at a tile that others of its segment follow, which will
+    add to the gradients of the same parameters."""
+
+    goes_on: bool = False
+
+
 class Segment:
     """One segment of one layer in one pass.
 
     run: the computation, for one tile of the input's rows. tile: rows computed at once; None: all.
     source: the segment whose output is this one's input, where that input is not kept.
     random: whether the run draws random numbers, which the second run must draw again.
+    tiling: told which tile the backward pass is at.
     """
 
     def __init__(
@@ -88,8 +98,10 @@ class Segment:
         source: Segment | None = None,
         dtype: torch.dtype | None = None,
         random: bool = False,
+        tiling: Tiling | None = None,
     ) -> None:
         self.run, self.tile, self.source, self.random = run, tile, source, random
+        self.tiling = tiling or Tiling()
         self.keep, self.final, self.dtype = keep, final, dtype
         self.tapes: list[Tape] = []
         self.input: Tensor | None = None
@@ -130,6 +142,7 @@ class Segment:
         with self._same_random_numbers(x_TE):
             for index, g_rows in enumerate(self._tiles(g_TE, len(tiles))):
                 leaf, y_TE = self._replay(tiles[index], index, wants_input)
+                self.tiling.goes_on = index < len(tiles) - 1
                 torch.autograd.backward(y_TE, g_rows)
                 grads.append(leaf.grad)
                 del leaf, y_TE

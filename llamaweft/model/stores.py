@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -74,11 +74,12 @@ def origin(folder: Path) -> str:
     return hashlib.sha256(json.dumps([files, config]).encode()).hexdigest()
 
 
-def store_bytes(config: LlamaConfig, codec: str) -> int:
-    """What a model's store will need on the disk."""
+def store_bytes(config: LlamaConfig, codec: str, without: Collection[str] = ()) -> int:
+    """What a model's store will need on the disk, or what is held of it `without` these modules."""
     return sum(
         encoded_bytes(codec_of(name, codec, p.ndim), tuple(p.shape))
         for name, p in empty_causal_lm(config).named_parameters()
+        if name.rpartition(".")[0] not in without
     )
 
 

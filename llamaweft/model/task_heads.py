@@ -27,16 +27,18 @@ HEAD_NAMES = ("score", "qa_outputs")
 class HeadConfig:
     """task: of the recipe. labels: the names of the classes, in order; one of none for a number.
     many: whether several classes may hold. label_smoothing: share of a target's probability that
-    is spread over all classes."""
+    is spread over all classes. center_rewards_coefficient: of a pair's squared sum of rewards."""
 
     task: str
     labels: tuple[str, ...]
     many: bool = False
     label_smoothing: float = 0.0
+    center_rewards_coefficient: float = 0.0
 
     @property
     def outputs(self) -> int:
-        return {"regression": 1, "question_answering": 2}.get(self.task, len(self.labels))
+        outputs = {"regression": 1, "reward": 1, "question_answering": 2}
+        return outputs.get(self.task, len(self.labels))
 
     @property
     def name(self) -> str:
@@ -74,6 +76,8 @@ class HeadConfig:
         }
         if self.task == "token_classification":
             return found | {"classifier_dropout": 0.0}
+        if self.task == "reward":
+            return found
         suffix = "" if kind == "regression" else "_classification"
         return found | {"problem_type": f"{kind}{suffix}"}
 
@@ -100,7 +104,7 @@ class TaskHead(nn.Linear):
         return super().forward(hidden_NE.float())
 
     def label_losses(self, logits: Tensor, pack: Pack) -> Tensor:
-        """loss_N of each label, in nats (regression: squared error).
+        """loss_N of each label, in nats (regression: squared error; reward: that of its pair).
 
         logits: logits_NC at the labels; logits_TC of all tokens where the head reads them all. The
         losses are those of transformers' ForSequenceClassificationLoss, ForTokenClassification and
@@ -112,6 +116,8 @@ class TaskHead(nn.Linear):
                 return (logits.squeeze(-1) - target_N).square()
             case "question_answering":
                 return self._span_losses(logits, pack)
+            case "reward":
+                return self._pair_losses(logits.squeeze(-1), pack)
         if self.config.many:
             return self._several(logits, pack)
         return self._cross_entropy(logits, target_N.long())
@@ -128,6 +134,19 @@ class TaskHead(nn.Linear):
         smoothing = self.config.label_smoothing if self.training else 0.0
         holds_NC = holds_DC[documents_N] * (1 - smoothing) + smoothing / 2
         return F.binary_cross_entropy_with_logits(logits_NC, holds_NC, reduction="none").mean(-1)
+
+    def _pair_losses(self, reward_N: Tensor, pack: Pack) -> Tensor:
+        """-log sigmoid(chosen - rejected) (Bradley & Terry, 1952; Ouyang et al., 2022), and in
+        training c (chosen + rejected)^2 (Eisenstein et al., 2023, eq. 2), as trl's RewardTrainer
+        has both. A label's target is the sign of its reward in the difference."""
+        documents_N, count = pack.label_sequence_N, int(pack.label_sequence_N.max()) + 1
+        none_D = reward_N.new_zeros(count)
+        margin_D = none_D.index_add(0, documents_N, reward_N * pack.label_target_N)
+        losses_D = -F.logsigmoid(margin_D)
+        if self.training and self.config.center_rewards_coefficient:
+            sum_D = none_D.index_add(0, documents_N, reward_N)
+            losses_D = losses_D + self.config.center_rewards_coefficient * sum_D.square()
+        return losses_D[documents_N]
 
     def _span_losses(self, logits_TC: Tensor, pack: Pack) -> Tensor:
         """Cross-entropy over the places of a document, of where an answer begins and ends."""

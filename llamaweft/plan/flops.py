@@ -6,18 +6,10 @@ A product of [m, k] and [k, n] is 2 m k n FLOPs. T: tokens   R: rows of the last
 from __future__ import annotations
 
 from llamaweft.model.presets import LlamaConfig
+from llamaweft.plan.shapes import OF_ALL_TOKENS, linear_weights
+from llamaweft.plan.whole import Whole
 
-
-def layer_weights(config: LlamaConfig) -> int:
-    """Elements of the matrices of one layer."""
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    attention = 2 * config.hidden_size * config.head_dim * (heads + kv_heads)
-    return attention + 3 * config.hidden_size * config.intermediate_size
-
-
-def key_value_weights(config: LlamaConfig) -> int:
-    """Elements of one layer's key and value projections: what the last layer needs everywhere."""
-    return 2 * config.hidden_size * config.head_dim * config.num_key_value_heads
+INTO_ATTENTION = ("q_proj", "k_proj", "v_proj")
 
 
 def training_flops(
@@ -27,6 +19,7 @@ def training_flops(
     *,
     frozen_base: bool,
     outputs: int | None = None,
+    whole: Whole = Whole(),  # noqa: B008 (frozen)
 ) -> float:
     """FLOPs of the base matmuls that one step needs, and no more.
 
@@ -34,16 +27,38 @@ def training_flops(
     the weight once. The last layer counts for labelled rows, but for its keys and values; the head
     counts for labels. With a frozen base no gradient goes into the embeddings, so the lowest
     layer's queries, keys and values need none. Attention itself, adapters and recomputation do not
-    count. All layers are taken as adapted. outputs: of the head; None: the vocabulary.
+    count. whole: what is trained whole beside a frozen base, and where the backward pass ends;
+    left out, all layers are adapted. outputs: of the head; None: the vocabulary.
     """
-    layers, tokens = config.num_hidden_layers, computed_tokens
-    rows = min(labels, tokens)
-    whole, keys = layer_weights(config), key_value_weights(config)
-    forward = (layers - 1) * whole * tokens + keys * tokens + (whole - keys) * rows
+    layers, tokens = range(config.num_hidden_layers), computed_tokens
+    forward = sum(_layer(config, i, tokens, labels) for i in layers)
     head = (outputs or config.vocab_size) * config.hidden_size * labels
-    products = 2 if frozen_base else 3
-    count = products * (forward + head)
-    if frozen_base:
-        lowest = keys + config.hidden_size * config.num_attention_heads * config.head_dim
-        count -= lowest * tokens
+    if not frozen_base:
+        return 2.0 * 3 * (forward + head)
+    count = forward + head + head * whole.below_head + head * whole.head
+    count += sum(_layer(config, i, tokens, labels) for i in layers[whole.lowest :])
+    if not whole.embedding and whole.lowest < len(layers):
+        first = (_products(config, whole.lowest, tokens, labels)[n] for n in INTO_ATTENTION)
+        count -= sum(first)
+    count += sum(_products(config, i, tokens, labels)[name] for i, name in whole.linears)
     return 2.0 * count
+
+
+def layer_flops(config: LlamaConfig, computed_tokens: int, labels: int) -> float:
+    """FLOPs of the base matmuls of all layers in one forward pass."""
+    layers = range(config.num_hidden_layers)
+    return 2.0 * sum(_layer(config, i, computed_tokens, labels) for i in layers)
+
+
+def _layer(config: LlamaConfig, layer: int, tokens: int, labels: int) -> int:
+    return sum(_products(config, layer, tokens, labels).values())
+
+
+def _products(config: LlamaConfig, layer: int, tokens: int, labels: int) -> dict[str, int]:
+    """Multiplications of each product of a layer."""
+    last = layer == config.num_hidden_layers - 1
+    rows = min(labels, tokens) if last else tokens
+    return {
+        name: numbers * (tokens if name in OF_ALL_TOKENS else rows)
+        for name, numbers in linear_weights(config).items()
+    }

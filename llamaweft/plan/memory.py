@@ -8,11 +8,13 @@ T: tokens of a pack   R: rows of the last layer that a label needs   M: rows of 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llamaweft.errors import UserError
 from llamaweft.model.presets import LlamaConfig, parameter_count
+from llamaweft.plan.shapes import LINEARS, MLP, OF_ALL_TOKENS, linear_weights, sizes
+from llamaweft.plan.whole import Whole
 
 MLP_TILE_TOKENS = 1024
 """Rows of an MLP that are computed at once. More rows make no product faster, and a long pack
@@ -38,17 +40,6 @@ fp64, and the norm with the adapter in fp32."""
 FRAGMENT_SHARE = 8
 """Fragments that the C library holds on to are this part of what is taken and freed, or less."""
 
-LINEARS = {
-    "q_proj": ("hidden", "queries"),
-    "k_proj": ("hidden", "keys"),
-    "v_proj": ("hidden", "keys"),
-    "o_proj": ("queries", "hidden"),
-    "gate_proj": ("hidden", "inner"),
-    "up_proj": ("hidden", "inner"),
-    "down_proj": ("inner", "hidden"),
-}
-"""Input and output of each linear layer."""
-
 KEEPABLE = {
     "down_proj": ("down_proj", "hidden"),
     "o_proj": ("o_proj", "hidden"),
@@ -66,17 +57,15 @@ KEEPABLE = {
 KEPT_FOR_MAGNITUDES = ("down_proj", "o_proj")
 """Outputs that only the gradient of a magnitude needs."""
 
-OF_ALL_TOKENS = ("k_proj", "v_proj")
-"""What the last layer computes for every token."""
-
 
 @dataclass(frozen=True)
 class Workload:
     """What decides the memory of a run.
 
     pack_tokens: tokens of the largest pack. labels: trained tokens in it, at most.
-    rank: LoRA's r, or None for full fine-tuning. targets: adapted linear layers. magnitudes:
+    rank: LoRA's r, or None without an adapter. targets: adapted linear layers. magnitudes:
     whether each has a trained magnitude, and needs its output in the backward pass (DoRA).
+    whole: what is trained whole beside what is frozen; None: beside an adapter nothing, else all.
     weight_bytes: of the frozen weights, where they take memory of the kind that is counted.
     compute_bytes, kept_bytes: of a number as it is computed with, and as it is kept.
     optimizer_bytes: of the optimizer's state, for each trained number.
@@ -84,7 +73,12 @@ class Workload:
     library holds on to, at most.
     keeps_attention: whether attention's output can be kept; on a GPU it is computed again.
     accumulates: whether gradients of one pack are held while another is computed.
+    keeps_start: whether what A and B started from is held beside them (PiSSA). start_bytes: what
+    finding it takes for a moment, before anything of a step is held.
     head_outputs: of a head that is the task's own, and trained; None: the vocabulary.
+    forgetting_bytes: of what is kept of the model as the run began, to compare with.
+    new_token_numbers: in the rows of new tokens, trained beside an adapter.
+    in_backward: whether each gradient is used and freed as soon as it is there.
     """
 
     config: LlamaConfig
@@ -101,7 +95,23 @@ class Workload:
     keeps_attention: bool = True
     accumulates: bool = True
     magnitudes: bool = False
+    keeps_start: bool = False
+    start_bytes: int = 0
     head_outputs: int | None = None
+    forgetting_bytes: int = 0
+    new_token_numbers: int = 0
+    whole: Whole | None = None
+    in_backward: bool = False
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether every weight of the model is trained."""
+        return self.rank is None and self.whole is None
+
+    @property
+    def lowest(self) -> int:
+        """The lowest layer that the backward pass comes to: those below keep nothing for it."""
+        return 0 if self.whole is None else self.whole.lowest
 
     @property
     def outputs(self) -> int:
@@ -165,7 +175,7 @@ def solve(work: Workload, budget_bytes: int | None) -> Schedule:
     """
     layers = work.config.num_hidden_layers
     least = schedule(work, [()] * layers)
-    all_kept = [work.keepable] * layers
+    all_kept = [work.keepable if layer >= work.lowest else () for layer in range(layers)]
     fastest = schedule(work, all_kept, MOST_LABELS)
     if budget_bytes is None or fastest.peak_bytes <= budget_bytes:
         return fastest
@@ -179,9 +189,9 @@ def solve(work: Workload, budget_bytes: int | None) -> Schedule:
             "training.micro_batch_tokens"
         )
     keep: list[tuple[str, ...]] = [()] * layers
-    left = budget_bytes - least.peak_bytes
+    left = budget_bytes - schedule(replace(work, start_bytes=0), [()] * layers).peak_bytes
     for name in work.keepable:
-        for layer in reversed(range(layers)):
+        for layer in reversed(range(work.lowest, layers)):
             size = kept_bytes(work, name, layer)
             if size <= left:
                 keep[layer] += (name,)
@@ -198,20 +208,26 @@ def schedule(
         loss_tile_labels = max(1, min(LEAST_LABELS, most))
     trained = trained_parameter_count(work)
     layers = work.config.num_hidden_layers
-    inputs = layers * work.pack_tokens * work.config.hidden_size * work.compute_bytes
+    backward = range(work.lowest, layers)
+    inputs = len(backward) * work.pack_tokens * work.config.hidden_size * work.compute_bytes
     kept = sum(kept_bytes(work, name, i) for i, names in enumerate(keep) for name in names)
     workspace = workspace_bytes(work, keep, loss_tile_labels)
     fragments = min(work.fragment_bytes, (inputs + kept + workspace) // FRAGMENT_SHARE)
+    held = NORM_BYTES * magnitude_count(work) + 4 * kept_start_numbers(work)
     parts = {
         "runtime": work.runtime_bytes + fragments,
-        "weights": work.weight_bytes + NORM_BYTES * magnitude_count(work),
+        "weights": work.weight_bytes + held,
         "trained": 4 * trained,
         "gradients": _gradient_bytes(work, inputs + kept),
         "optimizer": round(work.optimizer_bytes * trained),
         "activations": inputs + kept,
         "workspace": workspace,
     }
-    again = sum(recomputed_multiplications(work, names, i) for i, names in enumerate(keep))
+    of_a_step = sum(parts[name] for name in ("gradients", "optimizer", "activations"))
+    parts["workspace"] = max(workspace, work.start_bytes - of_a_step)
+    if work.forgetting_bytes:
+        parts["forgetting"] = work.forgetting_bytes
+    again = sum(recomputed_multiplications(work, keep[i], i) for i in backward)
     once = sum(layer_multiplications(work, i) for i in range(layers))
     return Schedule(tuple(keep), MLP_TILE_TOKENS, loss_tile_labels, again / once, parts)
 
@@ -219,22 +235,56 @@ def schedule(
 def _gradient_bytes(work: Workload, activations: int) -> int:
     """Gradients at the peak. With one pack a step they grow as activations are given up, layer by
     layer; so they count only as far as they become the larger."""
+    if work.in_backward:
+        return 4 * _largest_at_once(work)
     gradients = 4 * trained_parameter_count(work)
     return gradients if work.accumulates else max(0, gradients - activations)
 
 
 def trained_parameter_count(work: Workload) -> int:
-    """Numbers that are trained: the adapter's, or all of the model's."""
-    trained = parameter_count(work.config) if work.rank is None else adapter_parameters(work)
+    """Numbers that are trained: the adapter's and what is trained whole, or all of the model's."""
+    trained = parameter_count(work.config) if work.trains_all else 0
+    if work.rank is not None:
+        trained += adapter_parameters(work)
+    if work.whole is not None:
+        trained += work.whole.parameters
+    trained += work.new_token_numbers
     if work.head_outputs is None:
         return trained
-    if work.rank is None and not work.config.tie_word_embeddings:
+    if work.trains_all and not work.config.tie_word_embeddings:
         trained -= work.config.vocab_size * work.config.hidden_size  # the head that it had
     return trained + work.head_outputs * work.config.hidden_size
 
 
+def _largest_at_once(work: Workload) -> int:
+    """Numbers of the largest gradients that are held together: of one parameter, but of all in an
+    MLP where it is computed in tiles, each of which adds to them."""
+    weights, size = linear_weights(work.config), sizes(work.config)
+    adapted = [n for n in work.targets if n in LINEARS]
+    pairs = {n: (work.rank or 0) * (size[LINEARS[n][0]] + size[LINEARS[n][1]]) for n in adapted}
+    whole = {n for _, n in work.whole.linears} if work.whole else set()
+    linears = {n: (n in whole or work.trains_all) * weights[n] + pairs.get(n, 0) for n in LINEARS}
+    rest = [work.config.hidden_size * (work.head_outputs or 0)]
+    if work.trains_all:
+        rest.append(work.config.vocab_size * work.config.hidden_size)
+    if work.whole is not None:
+        rest.append(work.whole.largest)
+    tiled = sum(linears[n] for n in MLP) if work.pack_tokens > MLP_TILE_TOKENS else 0
+    return max(tiled, work.new_token_numbers, *rest, *linears.values())
+
+
 def adapter_parameters(work: Workload) -> int:
     """Numbers in lora_A, lora_B and the magnitudes of every adapted layer."""
+    return _pair_numbers(work) + magnitude_count(work)
+
+
+def kept_start_numbers(work: Workload) -> int:
+    """Numbers of what A and B started from, where that is held: as many as A and B have."""
+    return _pair_numbers(work) if work.keeps_start else 0
+
+
+def _pair_numbers(work: Workload) -> int:
+    """Numbers in lora_A and lora_B of every adapted layer."""
     assert work.rank is not None
     size = sizes(work.config)
     per_layer = sum(
@@ -242,7 +292,7 @@ def adapter_parameters(work: Workload) -> int:
         for name, (source, target) in LINEARS.items()
         if name in work.targets
     )
-    return work.config.num_hidden_layers * work.rank * per_layer + magnitude_count(work)
+    return work.config.num_hidden_layers * work.rank * per_layer
 
 
 def magnitude_count(work: Workload) -> int:
@@ -295,6 +345,7 @@ def workspace_bytes(work: Workload, keep: list[tuple[str, ...]], loss_tile_label
     tile = min(tokens, MLP_TILE_TOKENS)
     hidden, inner, queries, keys = (size[n] for n in ("hidden", "inner", "queries", "keys"))
     # Gate and up, unless they were kept; their product or one's gradient; the other's gradient.
+    keep = keep[work.lowest :] or [("mid",)]  # no layer has a backward pass: its forward pass
     fresh = max(2 - ("gate_proj" in names) - ("up_proj" in names) for names in keep)
     mlp = tile * inner * (2 + fresh) + 6 * tokens * hidden
     if any("mid" not in names for names in keep):
@@ -310,22 +361,19 @@ def workspace_bytes(work: Workload, keep: list[tuple[str, ...]], loss_tile_label
     logits = 4 * work.outputs * min(work.labels, loss_tile_labels)
     head = logits + 3 * work.labels * hidden * work.compute_bytes
     decoded = max(TILE_NUMBERS * max(inner, 2 * hidden) * 4, 2 * TILE_BYTES)
-    trained_head = 0
-    if work.rank is None:
+    trained_head = trained_embedding = 0
+    whole = work.whole or Whole(0, embedding=work.trains_all, head=work.trains_all)
+    if whole.head:
         cast = work.compute_bytes if work.compute_bytes != 4 else 0
         trained_head = work.outputs * hidden * (4 + cast)
-        decoded = 3 * inner * hidden * work.compute_bytes
-    return max(layer, head + trained_head) + decoded
-
-
-def sizes(config: LlamaConfig) -> dict[str, int]:
-    """The widths of a layer by name."""
-    return {
-        "hidden": config.hidden_size,
-        "inner": config.intermediate_size,
-        "queries": config.num_attention_heads * config.head_dim,
-        "keys": config.num_key_value_heads * config.head_dim,
-    }
+    if whole.embedding:
+        trained_embedding = 4 * work.config.vocab_size * hidden  # before it is added to others
+    of_trained = 3 * inner * hidden * work.compute_bytes
+    if work.trains_all:
+        decoded = of_trained
+    elif whole.linears:
+        decoded = max(decoded, of_trained)
+    return max(layer, head + trained_head, trained_embedding) + decoded
 
 
 def _gib(count: int, up: bool = False) -> str:

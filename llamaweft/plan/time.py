@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llamaweft.plan.flops import training_flops
-from llamaweft.plan.memory import LINEARS, Schedule, Workload, sizes, trained_parameter_count
+from llamaweft.plan.flops import layer_flops, training_flops
+from llamaweft.plan.memory import Schedule, Workload, trained_parameter_count
+from llamaweft.plan.shapes import LINEARS, sizes
+from llamaweft.plan.whole import Whole
 
 ATTENTION_SHARE, NARROW_SHARE = 0.4, 0.5
 """Of the plain product's rate: what attention's products and the adapter's reach (docs/plan.md)."""
@@ -58,17 +60,24 @@ def step_seconds(
 ) -> dict[str, float]:
     """Seconds of a mean step, by part."""
     config, size = work.config, sizes(work.config)
-    frozen = work.rank is not None
-    base = training_flops(config, int(step.tokens), int(step.labels), frozen_base=frozen)
-    again = schedule.recomputed_share / (2 if frozen else 3)
+    tokens, labels = int(step.tokens), int(step.labels)
+    base = training_flops(
+        config, tokens, labels, frozen_base=not work.trains_all, whole=work.whole or Whole()
+    )
+    again = schedule.recomputed_share / (3 if work.trains_all else 2)
+    if work.whole is not None:
+        again = schedule.recomputed_share * layer_flops(config, tokens, labels) / base
     layers = config.num_hidden_layers
+    backward = layers - work.lowest
     # Scores and values forward, five such products backward; half of each is above the diagonal.
-    attention = 7 * step.squares * size["queries"] * layers
+    attention = step.squares * size["queries"] * (2 * layers + 5 * backward)
     narrow = 0.0
     if work.rank is not None:
-        # Forward x A and its B; backward x A again, g B, and the gradients of A, B and x.
+        # Forward x A and its B; backward x A again, g B, and the gradients of A, B and x. PiSSA has
+        # twice the rank in all of them but the gradients of A and B.
+        of_a, of_b = (7, 5) if work.keeps_start else (4, 3)
         narrow = sum(
-            2 * step.tokens * work.rank * (4 * size[source] + 3 * size[target]) * layers
+            2 * step.tokens * work.rank * (of_a * size[source] + of_b * size[target]) * layers
             for name, (source, target) in LINEARS.items()
             if name in work.targets
         )
@@ -77,7 +86,9 @@ def step_seconds(
         + HEAD_PASSES * (size["queries"] + size["keys"])
         + INNER_PASSES * size["inner"]
     )
-    elementwise = step.tokens * passes * layers * work.compute_bytes
+    # A third of it is the forward pass.
+    passed = (layers + 2 * backward) / 3
+    elementwise = step.tokens * passes * passed * work.compute_bytes
     optimizer = OPTIMIZER_PASSES * 4 * trained_parameter_count(work)
     return {
         "products": base * (1 + again) / speed.product_flops,
@@ -85,5 +96,5 @@ def step_seconds(
         "adapter": narrow / (NARROW_SHARE * speed.plain_flops),
         "elementwise": elementwise / speed.bytes,
         "optimizer": optimizer / speed.bytes,
-        "calls": layers * speed.layer_seconds,
+        "calls": passed * speed.layer_seconds,
     }

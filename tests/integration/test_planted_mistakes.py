@@ -38,6 +38,13 @@ RARE = {"text": "Nothing like the others", "label": "rare"}
 CLASSIFIED = [{"text": f"Text {i} of {WORDS[i]}", "label": "ab"[i % 2]} for i in range(20)]
 """`rare_class` needs a task with classes."""
 
+PAIRS = [
+    {"prompt": f"Question {i}?", "chosen": f" Answer {i} of {WORDS[i]}.", "rejected": f" No {i}."}
+    for i in range(20)
+]
+SAME = {"prompt": "Question?", "chosen": " Yes.", "rejected": " Yes.<|im_end|>"}
+"""`same_answers` needs a task of pairs; the end token is put where it is missing."""
+
 TURNS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}END\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
@@ -73,6 +80,10 @@ def planted(recipe_tree: dict, tmp_path: Path):
             held = [row | {"text": f"Held: {row['text']}"} for row in CLASSIFIED[:4]]
             files = {"rows.jsonl": [*CLASSIFIED, RARE], "held.jsonl": held}
             recipe_tree["task"] = "sequence_classification"
+        if "same_answers" in checks:
+            held = [row | {"prompt": f"Held out: {row['prompt']}"} for row in PAIRS[:4]]
+            files = {"rows.jsonl": [*PAIRS, SAME], "held.jsonl": held}
+            recipe_tree["task"] = "reward"
         for name, content in files.items():
             (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in content))
         recipe_tree["data"] = {
@@ -102,7 +113,7 @@ def _changed(model: Path, tmp_path: Path, check: str) -> Path:
     return folder
 
 
-PLANTED = (*ROWS, *TEMPLATES, *MODELS, "rare_class")
+PLANTED = (*ROWS, *TEMPLATES, *MODELS, "rare_class", "same_answers")
 
 
 def test_every_check_that_blocks_is_planted() -> None:
@@ -127,8 +138,11 @@ def test_what_the_recipe_allows_is_trained(planted, tmp_path: Path) -> None:
     check_allowed(planted, tmp_path, (*ROWS, "untrained_token", "begin_of_text"))
 
 
-def test_a_rare_class_that_the_recipe_allows_is_trained(planted, tmp_path: Path) -> None:
-    check_allowed(planted, tmp_path, ("rare_class",))
+@pytest.mark.parametrize("check", ["rare_class", "same_answers"])
+def test_what_the_recipe_allows_is_trained_by_other_tasks(
+    planted, tmp_path: Path, check: str
+) -> None:
+    check_allowed(planted, tmp_path, (check,))
 
 
 def check_allowed(planted, tmp_path: Path, allowed: tuple[str, ...]) -> None:

@@ -12,7 +12,7 @@ from sklearn.preprocessing import MultiLabelBinarizer
 
 from llamaweft.data.chat import Document
 from llamaweft.data.classes import Classes
-from llamaweft.data.example import Example, Labels, Span
+from llamaweft.data.example import Example, Labels, Preference, Span
 from llamaweft.data.targets import LABEL, LAST, NO_CLASS
 from llamaweft.evaluate.bootstrap import compare, ratio
 from llamaweft.evaluate.head_evaluator import HeadEvaluator
@@ -166,6 +166,40 @@ def test_every_metric_of_a_head_is_tested_in_its_own_direction() -> None:
     worse, better = [(2.0, 1.0)] * 8, [(1.0, 1.0)] * 8
     assert compare(worse, better, HEAD_SCORES["mae"], lower_is_better=True).verdict == "better"
     assert HEAD_SCORES["accuracy"] is ratio
+
+
+def test_of_two_rewards_the_better_text_must_have_more() -> None:
+    """Equal ones are not right, as trl counts them."""
+    rewards = [[0.5, 0.25], [-1, -2], [0.5, 0.5], [0, 1]]
+    documents, examples = [], []
+    for row in range(len(rewards)):
+        labels = np.array([(2, 1, 0.5), (5, -1, 0.5)], LABEL)
+        ids, weights = np.full(6 + row, row, np.int32), np.zeros(6 + row, np.float32)
+        documents.append(Document(ids, weights, f"row {row}", labels, 3))
+        sides = (({"role": "assistant", "content": text},) for text in ("yes", "no"))
+        asked = ({"role": "user", "content": f"q {row}"},)
+        examples.append(Example(f"row {row}", asked, target=Preference(*sides)))
+    found = HeadEvaluator(
+        task="reward",
+        metrics=TASK_METRICS["reward"],
+        documents=documents,
+        examples=examples,
+        tokenizer=None,
+        classes=None,
+        outputs=lambda model, batch: [
+            (torch.tensor(rewards[int(d.ids[0])])[:, None], (float(d.ids[0]), 1.0)) for d in batch
+        ],
+        micro_batch_tokens=14,
+    ).measure(Model())
+    assert values(found) == {"loss": 1.5, "accuracy": 0.5}
+    assert found["parts"]["accuracy"] == [[1, 1], [1, 1], [0, 1], [0, 1]]
+    assert found["answers"][1] == {
+        "where": "row 1",
+        "prompt": "q 1",
+        "reference": "chosen: yes\nrejected: no",
+        "answer": "chosen -1, rejected -2 (+1)",
+    }
+    assert "confusion" not in found
 
 
 def test_an_answer_is_measured_against_the_nearest_of_the_references(tokenizer) -> None:

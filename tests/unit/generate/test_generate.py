@@ -73,6 +73,17 @@ def test_a_stop_token_ends_one_answer_and_not_its_neighbours(model) -> None:
     assert len(stopped[1].ids) <= 3
 
 
+def test_an_answer_ends_with_the_token_that_completes_it(model) -> None:
+    free = generate_batch(model, PROMPTS, set(), max_new_tokens=12)
+    pair = free[2].ids[4:6]
+    ended = generate_batch(
+        model, PROMPTS, set(), max_new_tokens=12, is_complete=lambda ids: list(ids[-2:]) == pair
+    )
+    for row, (before, after) in enumerate(zip(free, ended, strict=True)):
+        assert after.ids == (before.ids[:6] if row == 2 else before.ids)
+        assert after.finish == ("stop" if row == 2 else "length")
+
+
 def test_small_batches_give_the_same_answers(model) -> None:
     whole = generate_batch(model, PROMPTS, set(), max_new_tokens=6)
     done: list[int] = []

@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from llamaweft.data.chat import Document
+from llamaweft.data.targets import LABEL
+from llamaweft.model.llama import with_head
 from llamaweft.model.load import load_causal_lm
 from llamaweft.model.pack import Pack
+from llamaweft.model.task_heads import HeadConfig, TaskHead
 
 
 def document(ids: list[int], trained: list[int]) -> Document:
@@ -56,6 +59,46 @@ def test_a_shared_beginning_stands_once_and_positions_go_on_from_it() -> None:
     assert pack.label_sequence_N.tolist() == [0, 0, 1, 2]
     assert pack.label_target_N.tolist() == [1, 2, 3, 8]
     assert pack.label_position_N.tolist() == [9, 10, 9, 0]  # two targets after the beginning
+
+
+def pair(chosen: list[int], rejected: list[int]) -> Document:
+    ids = np.array([*chosen, *rejected], np.int32)
+    labels = np.array([(len(chosen) - 1, 1, 0.5), (len(ids) - 1, -1, 0.5)], LABEL)
+    return Document(ids, np.zeros(len(ids), np.float32), "", labels, len(chosen))
+
+
+def test_a_pair_is_two_texts_with_labels_of_one_document() -> None:
+    start = list(range(100, 108))
+    pairs = [pair([*start, 1, 2], [*start, 3]), pair([7, 8], [9])]
+    pack = Pack.from_documents(pairs)
+    assert pack.ids_T.tolist() == [*start, 1, 2, *start, 3, 7, 8, 9]
+    assert pack.positions_T.tolist() == [*range(10), *range(9), 0, 1, 0]
+    assert pack.parent_S.tolist() == [-1] * 4
+    assert pack.label_position_N.tolist() == [9, 18, 20, 21]
+    shared = Pack.from_documents(pairs, share=True)
+    assert (shared.tokens, shared.document_tokens) == (14, 22)
+    assert shared.ids_T.tolist() == [7, 8, 9, *start, 1, 2, 3]
+    assert shared.positions_T.tolist() == [0, 1, 0, *range(10), 8]
+    assert shared.parent_S.tolist() == [-1, -1, -1, 2, 2]
+    assert shared.label_position_N.tolist() == [12, 13, 1, 2]
+    for one in (pack, shared):
+        assert one.label_target_N.tolist() == [1, -1, 1, -1]
+        assert one.label_sequence_N.tolist() == [0, 0, 1, 1]
+
+
+def test_the_texts_of_a_pair_do_not_see_each_other(tiny_folder: Path) -> None:
+    """Without sharing, the chosen text's reward keeps its bits whatever the other says."""
+    torch.manual_seed(0)
+    causal = load_causal_lm(tiny_folder, base_weights=None)
+    model = with_head(causal, TaskHead(HeadConfig("reward", ()), 64, causal.device)).eval()
+    random = np.random.default_rng(0)
+    first, second, other = (random.integers(0, 900, 40).tolist() for _ in range(3))
+    ((read, _),) = model.read(Pack.from_documents([pair(first, second)]))
+    ((again, _),) = model.read(Pack.from_documents([pair(first, other)]))
+    assert torch.equal(read[0], again[0])
+    assert not torch.equal(read[1], again[1])
+    ((turned, _),) = model.read(Pack.from_documents([pair(second, first)]))
+    torch.testing.assert_close(turned.flip(0), read, rtol=1e-5, atol=1e-6)
 
 
 def levels(random: np.random.Generator) -> list[Document]:

@@ -99,6 +99,24 @@ def test_magnitudes_need_the_outputs_of_the_last_products() -> None:
     assert schedule(only, [()] * 32).recomputed_share == least_plain.recomputed_share
 
 
+def test_where_pissa_starts_is_held_and_finding_it_takes_memory_for_a_moment() -> None:
+    plain, pissa = WORK, replace(WORK, keeps_start=True)
+    one, two = schedule(plain, [()] * 32), schedule(pissa, [()] * 32)
+    pairs = adapter_parameters(plain)
+    assert adapter_parameters(pissa) == pairs
+    assert two.parts == one.parts | {"weights": one.parts["weights"] + 4 * pairs}
+    of_a_step = ("gradients", "optimizer", "activations", "workspace")
+    least = sum(two.parts[name] for name in of_a_step)
+    assert solve(replace(pissa, start_bytes=least), two.peak_bytes).peak_bytes == two.peak_bytes
+    larger = replace(pissa, start_bytes=least + 2**30)
+    assert schedule(larger, [()] * 32).peak_bytes == two.peak_bytes + 2**30
+    with pytest.raises(UserError, match="too small"):
+        solve(larger, two.peak_bytes)
+    found = solve(larger, two.peak_bytes + 2**30)  # what the start took is free in a step
+    assert found.keep == solve(pissa, two.peak_bytes + 2**30).keep != ((),) * 32
+    assert found.peak_bytes <= two.peak_bytes + 2**30
+
+
 def test_the_down_projection_is_never_done_again() -> None:
     least = schedule(WORK, [()] * 32)
     e, f, kv = 4096, 14336, 1024

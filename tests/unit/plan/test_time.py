@@ -40,6 +40,9 @@ def test_attention_and_adapter_by_hand() -> None:
     outputs = 4096 + 1024 + 1024 + 4096 + 2 * 14336 + 4096
     narrow = 32 * 2 * 1000 * 16 * (4 * inputs + 3 * outputs)
     assert found["adapter"] == pytest.approx(narrow / (0.5 * 200e9))
+    pissa = step_seconds(replace(WORK, keeps_start=True), solve(WORK, None), STEP, SPEED)
+    narrow = 32 * 2 * 1000 * 16 * (7 * inputs + 5 * outputs)
+    assert pissa["adapter"] == pytest.approx(narrow / (0.5 * 200e9))
 
 
 def test_without_an_adapter_nothing_is_narrow_and_the_optimizer_takes_longer() -> None:
