@@ -93,7 +93,7 @@ def predict(
     if output.exists():
         raise UserError(f"{output} exists; give another --output, or remove it")
     if isinstance(subject.model, LlamaWithHead):
-        answer = _reader(subject, prompts)
+        answer = _reader(subject, subject.model, prompts)
     else:
         max_new_tokens = max_new_tokens or MAX_NEW_TOKENS
         answer = _writer(subject, prompts, max_new_tokens)
@@ -162,7 +162,7 @@ def _encoded(subject: Subject, prompts: Sequence[Example]) -> list[list[int]]:
 # --- what a head says -----------------------------------------------------------------------------
 
 
-def _reader(subject: Subject, prompts: Sequence[Example]) -> Answerer:
+def _reader(subject: Subject, model: LlamaWithHead, prompts: Sequence[Example]) -> Answerer:
     pipeline, documents = subject.pipeline, _documents(subject, prompts)
     capacity = pipeline.recipe.training.micro_batch_tokens
     classes, task = pipeline.data.classes, pipeline.recipe.task
@@ -171,7 +171,7 @@ def _reader(subject: Subject, prompts: Sequence[Example]) -> Answerer:
     def answer(rows: range, told: Callable[[int], None]) -> list[dict[str, Any]]:
         found: dict[int, dict[str, Any]] = {}
         for batch in _batches(rows, documents, capacity):
-            read = pipeline.read_documents(subject.model, [documents[row] for row in batch])
+            read = pipeline.read_documents(model, [documents[row] for row in batch])
             for row, (logits, _) in zip(batch, read, strict=True):
                 logits = logits.float().cpu()
                 found[row] = head_answer(task, classes, pipeline.tokenizer, prompts[row], logits)

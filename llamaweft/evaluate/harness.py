@@ -167,15 +167,15 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         """The greedy answer to each text, up to where one of the request's texts would begin."""
-        groups = defaultdict(list)
+        groups: dict[tuple[tuple[str, ...], int], list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             until, most = greedy_options(request.args[1], str(request.task_name))
             groups[tuple(until), most].append(index)
         answers = [""] * len(requests)
         done = 0
-        for (until, most), rows in groups.items():
+        for (ends, most), rows in groups.items():
             contexts = [requests[row].args[0] for row in rows]
-            texts = self._answers(contexts, list(until), most, done, len(requests))
+            texts = self._answers(contexts, list(ends), most, done, len(requests))
             for row, text in zip(rows, texts, strict=True):
                 answers[row] = text
             done += len(rows)

@@ -3,8 +3,6 @@
 The numbers are compared with the harness' own class for Hugging Face models in tests/parity/.
 """
 
-
-
 from __future__ import annotations
 
 import json

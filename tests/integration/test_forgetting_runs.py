@@ -11,10 +11,19 @@ import torch
 from conftest import write_recipe
 from safetensors.torch import load_file
 
+from llamaweft import planning
+from llamaweft.plan.time import Speed
 from llamaweft.recipe import Recipe
 
 QUICK = {"prompts": 5, "answers": 2, "max_new_tokens": 3}
 STRONG = {"learning_rate": 3e-2, "lr_scheduler_type": "constant", "warmup_ratio": 0}
+
+
+@pytest.fixture(autouse=True)
+def unmeasured(monkeypatch) -> None:
+    """Nothing here depends on how fast this machine is, and finding it out takes a while."""
+    speed = Speed(1e9, 1e9, 1e9, 0.01, "assumed", measured=False)
+    monkeypatch.setattr(planning, "speed_of", lambda pieces, tokens: speed)
 
 
 def tree_of(recipe_tree: dict, folder: Path, *, guard: dict | None = None, **changes) -> dict:
@@ -186,6 +195,36 @@ def test_every_weight_trained_and_nothing_held_out(recipe_tree, tmp_path, comman
     command("train", "recipe.yaml")
     assert evaluation_of(tmp_path / "run")["forgetting"]["step"] == 2
     assert evaluation_of(tmp_path / "run")["forgetting"]["kl"]["value"] == free[1]["forgetting_kl"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "moved"),
+    [
+        ({"adapter": {"init_lora_weights": "pissa"}}, False),
+        ({"adapter": {"method": "dora"}, "base_weights": "nf4"}, False),
+        ({"adapter": {"modules_to_save": ["lm_head"]}}, False),
+        (
+            {"data": {"new_tokens": ["<tool>"]}},
+            True,
+        ),  # they take their share from the first step on
+        ({"task": "text", "data": {"train": [{"path": "texts.jsonl"}]}}, False),
+    ],
+    ids=["pissa", "dora nf4", "a trained head", "new tokens", "text"],
+)
+def test_the_start_has_not_moved_whatever_is_trained(
+    recipe_tree, tmp_path, command, changes, moved
+) -> None:
+    texts = [json.dumps({"text": f"Number {i} is a text of its own."}) for i in range(30)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(texts))
+    tree_of(recipe_tree, tmp_path, guard={"max_kl": 1e-9}, **changes)
+    result = json.loads(command("train", "recipe.yaml", "--json"))
+    assert (result["reason"], result["step"]) == ("forgetting", 1)
+    forgetting = result["evaluation"]["forgetting"]
+    assert forgetting["step"] == 0
+    start, now = forgetting["kl"]["value"], validated(tmp_path / "run")[0]["forgetting_kl"]
+    assert 0 < start < 1e-3 if moved else start == 0
+    assert now > start
+    assert all(e["before"] == e["after"] for e in forgetting["examples"])
 
 
 def test_a_resumed_run_compares_with_the_same_start(recipe_tree, tmp_path, command) -> None:
