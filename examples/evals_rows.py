@@ -19,6 +19,7 @@ from pathlib import Path
 
 FOLDER = "evals/registry/data"
 HELD_OUT = 0.2
+MOST_HELD_OUT = 300
 
 
 def samples(wheel: zipfile.ZipFile, name: str) -> Iterator[tuple[str, str]]:
@@ -55,6 +56,7 @@ def main() -> None:
         for row in filter(None, (made(*sample) for sample in samples(wheel, folder))):
             share = int(sha256(row[0].encode()).hexdigest()[:8], 16) / 2**32
             sides["test" if share < HELD_OUT else "train"].append(json.dumps(row[1]))
+        del sides["test"][MOST_HELD_OUT:]
         for side, lines in sides.items():
             (output / f"{name}-{side}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
             print(f"{name}-{side}: {len(lines)} rows")

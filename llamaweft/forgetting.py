@@ -8,7 +8,7 @@ from llamaweft.evaluate.forgetting import ForgettingGuard
 from llamaweft.model.divergence import Reference, read_hidden
 from llamaweft.model.llama import LlamaForCausalLM, Model
 from llamaweft.model.pack import Pack
-from llamaweft.pieces import Pieces
+from llamaweft.pieces.pieces import Pieces
 
 
 def build_guard(

@@ -38,7 +38,7 @@ from llamaweft.model.llama import LlamaForCausalLM, LlamaWithHead, Model
 from llamaweft.model.load import copy_weights
 from llamaweft.model.pack import Pack
 from llamaweft.model.presets import parameter_count
-from llamaweft.pieces import Pieces
+from llamaweft.pieces.pieces import Pieces
 from llamaweft.plan.flops import training_flops
 from llamaweft.plan.memory import Schedule, kept_start_numbers, trained_parameter_count
 from llamaweft.plan.plan import Plan

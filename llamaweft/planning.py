@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 
 from llamaweft.errors import UserError
-from llamaweft.pieces import Pieces
+from llamaweft.pieces.pieces import Pieces
 from llamaweft.plan.devices import REACHED, Device
 from llamaweft.plan.hardware import matmul_flops_per_second, traffic_bytes_per_second
 from llamaweft.plan.memory import MLP_TILE_TOKENS

@@ -29,7 +29,7 @@ from llamaweft.model.llama import LlamaForCausalLM, LlamaWithHead, Model
 from llamaweft.model.stores import own_codec
 from llamaweft.model.task_heads import HEAD_NAMES
 from llamaweft.model.tokenizer import load_tokenizer
-from llamaweft.pieces import adapter_tokens
+from llamaweft.pieces.given import adapter_tokens
 from llamaweft.pipeline import Pipeline, open_run
 from llamaweft.recipe import Recipe
 from llamaweft.settings import Evaluation, NewToken, Rows, fitting_metric, known_metric

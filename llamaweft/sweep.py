@@ -151,6 +151,7 @@ class Sweep:
         states = [_state_bytes(run.pipeline) for run in self.runs]
         for run, own in zip(self.runs, states, strict=True):
             run.pipeline.beside_bytes = sum(states) - own
+            del run.pipeline.workload  # it was asked for its own bytes
             _ = run.pipeline.schedule
         say("loading the base")
         first.prepare_weights(say)

@@ -28,7 +28,7 @@ def plan(
     json_output: JsonFlag = False,
 ) -> None:
     """Peak memory by part, seconds a step, total time and tokens; what was chosen and why."""
-    from llamaweft.pieces import Pieces
+    from llamaweft.pieces.pieces import Pieces
     from llamaweft.plan.devices import find_device
     from llamaweft.planning import PiecesFor, plan_run
 

@@ -184,7 +184,7 @@ def test_a_run_with_a_head_and_a_tokenizer_without_chats(
     assert f"task: {CLASSES}, so it writes no text" in said
     for name in ("rows", "shots"):
         (rows / f"{name}.kept").rename(rows / f"{name}.jsonl")
-    monkeypatch.setattr("llamaweft.pieces.load_tokenizer", without_chats)
+    monkeypatch.setattr("llamaweft.pieces.given.load_tokenizer", without_chats)
     said = command("evaluate", tiny_folder, *options, "--apply-chat-template", code=2)
     assert "no chat template" in said
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llamaweft.errors import UserError
-from llamaweft.pieces import Pieces
+from llamaweft.pieces.pieces import Pieces
 from llamaweft.plan.memory import schedule
 from llamaweft.planning import nearest_fit, plan_run
 from llamaweft.recipe import Recipe

@@ -171,6 +171,20 @@ def test_a_sweep_that_cannot_be_is_refused(
     assert not (tmp_path / "sweep").exists()
 
 
+def test_the_plan_of_a_run_counts_the_others(
+    tiny_folder: Path, tmp_path: Path, chats: Path, command, monkeypatch
+) -> None:
+    monkeypatch.setattr("llamaweft.pieces.fitted.anon_bytes", lambda: 10**8)
+    recipe = write(tmp_path, tiny_folder, chats)
+    command("train", recipe.name, "--sweep", "adapter.r=2,64")
+    parts = {}
+    for folder in sorted((tmp_path / "sweep").glob("0*")):
+        parts[folder.name[-2:]] = json.loads((folder / "plan.json").read_text())["parts"]
+    small, large = parts["=2"], parts["64"]
+    states = [part["trained"] * 4 for part in (small, large)]  # weights, gradients, two moments
+    assert small["runtime"] - large["runtime"] == states[1] - states[0]
+
+
 def test_one_base_is_there_once(
     tiny_folder: Path, tmp_path: Path, chats: Path, monkeypatch
 ) -> None:
