@@ -4,8 +4,6 @@ own classes say it of the exported folder.
 Tolerance: logits of two fp32 implementations of two layers, 1e-5.
 """
 
-
-
 from __future__ import annotations
 
 import json
