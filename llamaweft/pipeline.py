@@ -27,12 +27,13 @@ from llamaweft.data.pairs import has_chats
 from llamaweft.data.targets import REWARD
 from llamaweft.errors import UserError
 from llamaweft.evaluate.evaluator import Evaluator, side_by_side
-from llamaweft.evaluate.forgetting import ForgettingGuard, forgetting_notes
+from llamaweft.evaluate.forgetting import forgetting_notes
 from llamaweft.evaluate.head_evaluator import HeadEvaluator
 from llamaweft.evaluate.report import ReportInput, write_report
 from llamaweft.export.hf import export_merged
 from llamaweft.files import need_disk, write_text
 from llamaweft.forgetting import build_guard
+from llamaweft.judge import Judge, Progress
 from llamaweft.model.folder import base_name
 from llamaweft.model.llama import LlamaForCausalLM, LlamaWithHead, Model
 from llamaweft.model.load import copy_weights
@@ -52,7 +53,6 @@ from llamaweft.train.events import Announcer, Listener, StopRequest
 from llamaweft.train.in_backward import InBackward
 from llamaweft.train.loop import (
     COMPLETE,
-    FORGETTING,
     Loop,
     Settings,
     exhausted,
@@ -70,10 +70,6 @@ from llamaweft.train.run_folder import RunFolder, read_json, write_json
 from llamaweft.train.schedule import LearningRate
 from llamaweft.train.trackers import Trackers, check_installed
 
-GENERAL_ANSWERS = "general_answers"
-"""Where what is measured of the untouched model holds its answers to general prompts."""
-
-Progress = Callable[[int, int], None]
 Measuring = Evaluator | HeadEvaluator
 
 
@@ -231,6 +227,7 @@ class Pipeline(Pieces):
             checkpoint = self._open_folder(plan, resume)
             judge = Judge(self, model, progress)
             loop = self._loop(model, judge, listeners, stop or StopRequest(), began)
+            judge.state = lambda: loop.state
             if checkpoint is not None:
                 say(f"resuming from {checkpoint.name}")
                 judge.guard = build_guard(self, model, folder.forgetting, resumes=True)
@@ -381,14 +378,10 @@ class Pipeline(Pieces):
             if judge.best is None:  # it was found before a resume, or is the untouched model
                 say("measuring the best weights")
                 self.restore(judge.model)
-                judge()
-                judge.best = judge.latest
-            assert judge.best is not None
+                judge.best = judge.measured_with_guard()
             result.evaluation = side_by_side(loop.state.before, judge.best)
             if judge.guard is not None:
-                if loop.state.best_step != loop.state.step:
-                    self.restore(judge.model)
-                result.evaluation["forgetting"] = judge.forgotten(loop.state, reason)
+                result.evaluation["forgetting"] = judge.forgotten(reason)
             result.best = judge.best
             write_json(folder.evaluation, result.evaluation)
         if complete:
@@ -452,71 +445,6 @@ class RunResult:
 
     def to_dict(self) -> dict[str, Any]:
         return {"step": self.step, "reason": self.reason, "evaluation": self.evaluation}
-
-
-class Judge:
-    """Measures the model on the held-out rows, and keeps the best weights with their answers."""
-
-    def __init__(self, pipeline: Pipeline, model: Model, progress: Progress | None) -> None:
-        self.pipeline, self.model, self.progress = pipeline, model, progress
-        self.guard: ForgettingGuard | None = None
-        self.latest: dict[str, Any] | None = None
-        self.best: dict[str, Any] | None = None
-
-    @property
-    def measures(self) -> bool:
-        """Whether there is anything to measure on."""
-        return self.pipeline.evaluator is not None or self.pipeline.general is not None
-
-    @property
-    def bounded(self) -> bool:
-        """Whether there is a budget of forgetting."""
-        forgetting = self.pipeline.recipe.forgetting
-        return forgetting is not None and forgetting.max_kl is not None
-
-    @property
-    def stops_over_budget(self) -> bool:
-        forgetting = self.pipeline.recipe.forgetting
-        return self.bounded and forgetting is not None and forgetting.when_exceeded == "stop"
-
-    def within_budget(self, metrics: dict[str, dict[str, float]]) -> bool:
-        return self.guard is None or self.guard.within(metrics)
-
-    def measured(self) -> dict[str, Any]:
-        """{"metrics": ..., "answers": ..., "parts": ...} of the model as it is."""
-        if self.pipeline.evaluator is None:
-            return {"metrics": {}, "answers": [], "parts": {}}
-        return self.pipeline.evaluator.measure(self.model, self.progress)
-
-    def untouched(self, known: dict[str, Any] | None) -> dict[str, Any]:
-        """What is measured before the first step, with the model's answers to general prompts.
-        known: what that gave for the same model and rows."""
-        before = self.measured() if known is None else known
-        if self.guard is not None and GENERAL_ANSWERS not in before:
-            before = before | {GENERAL_ANSWERS: self.guard.answers(self.model, self.progress)}
-        return before
-
-    def forgotten(self, state: LoopState, reason: str) -> dict[str, Any]:
-        """What evaluation.json says of forgetting. The model holds the weights that were kept."""
-        assert self.guard is not None
-        assert self.best is not None
-        answers = self.guard.answers(self.model, self.progress)
-        content = self.guard.content(
-            self.best["forgetting"], state.before[GENERAL_ANSWERS], answers
-        )
-        stopped = state.step if reason == FORGETTING else None
-        return content | {"step": state.best_step, "stopped_at_step": stopped}
-
-    def __call__(self) -> dict[str, dict[str, float]]:
-        self.latest = self.measured()
-        if self.guard is None:
-            return self.latest["metrics"]
-        self.latest["forgetting"] = self.guard.measure(self.model)
-        return self.latest["metrics"] | self.latest["forgetting"]["metrics"]
-
-    def keep_best(self) -> None:
-        self.best = self.latest
-        self.pipeline.save_trained(self.model)
 
 
 def open_run(name: str | Path) -> Pipeline | None:

@@ -22,7 +22,8 @@ from llamaweft.evaluate.bootstrap import compare
 from llamaweft.evaluate.curves import lower_is_better
 from llamaweft.evaluate.evaluator import parts_name
 from llamaweft.evaluate.metrics import score_of
-from llamaweft.pipeline import Pipeline, Progress, RunResult
+from llamaweft.judge import Progress
+from llamaweft.pipeline import Pipeline, RunResult
 from llamaweft.plan.memory import trained_parameter_count
 from llamaweft.recipe import Recipe
 from llamaweft.train.checkpoint import random_state, restore_random_state

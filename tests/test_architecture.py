@@ -28,15 +28,16 @@ ALLOWED = {
     "pieces": {"recipe", "runtime", "weights", "model", "adapters", "data", "plan", "train"},
     "planning": {"pieces", "recipe", "runtime", "weights", "plan"},
     "forgetting": {"pieces", "evaluate", "model"},
+    "judge": {"data", "evaluate", "model", "recipe", "train"},
     "pipeline": {
-        "forgetting", "pieces", "planning", "recipe", "settings", "runtime", "weights", "model", "adapters", "data", "plan", "train",
+        "forgetting", "judge", "pieces", "planning", "recipe", "settings", "runtime", "weights", "model", "adapters", "data", "plan", "train",
         "generate", "evaluate", "export",
     },
     "subject": {
         "pipeline", "pieces", "recipe", "settings", "runtime", "weights", "model", "adapters", "data", "plan", "train",
         "generate", "evaluate", "export",
     },
-    "sweep": {"pipeline", "recipe", "plan", "train", "evaluate"},
+    "sweep": {"judge", "pipeline", "recipe", "plan", "train", "evaluate"},
     "predictions": {"subject", "pipeline", "model", "data", "generate", "evaluate"},
     "harness_run": {"subject", "pipeline", "evaluate", "data", "model", "prefixes"},
 }  # fmt: skip

@@ -95,6 +95,20 @@ class ForgettingGuard:
         count = min(self.answered, prompts)
         return [prompts * i // count for i in range(count)]
 
+    def side_by_side(self, before: Sequence[str], after: Sequence[str]) -> list[dict[str, Any]]:
+        """What `answers` gave then and now, each pair with its prompt."""
+        prompts = [self.general.prompts[i] for i in self._chosen]
+        return [
+            {
+                "where": prompt.where,
+                "prompt": prompt.prompt,
+                "reference": prompt.answer,
+                "before": old,
+                "after": new,
+            }
+            for prompt, old, new in zip(prompts, before, after, strict=True)
+        ]
+
     def content(
         self, measured: dict[str, Any], before: Sequence[str], after: Sequence[str]
     ) -> dict[str, Any]:
@@ -114,16 +128,7 @@ class ForgettingGuard:
                 )
                 for area in areas
             },
-            "examples": [
-                {
-                    "where": prompts[i].where,
-                    "prompt": prompts[i].prompt,
-                    "reference": prompts[i].answer,
-                    "before": old,
-                    "after": new,
-                }
-                for i, old, new in zip(self._chosen, before, after, strict=True)
-            ],
+            "examples": self.side_by_side(before, after),
         }
 
 

@@ -26,9 +26,21 @@ class RunFolder:
         self.model = root / "model"
         self.evaluation = root / "evaluation.json"
         self.forgetting = root / "forgetting.safetensors"
+        self.general_answers = root / "general_answers.jsonl"
         self.report_md = root / "report.md"
         self.report_html = root / "report.html"
         self._lock: TextIO | None = None
+
+    def record_answers(self, step: int, answers: list[dict[str, Any]]) -> None:
+        """Write the answers to general prompts at an evaluation; those of later steps, which a
+        resumed run comes to again, go."""
+        lines = read_lines(self.general_answers)
+        kept = [line for line in lines if line["step"] < step]
+        text = "".join(
+            json.dumps(line, ensure_ascii=False) + "\n"
+            for line in [*kept, {"step": step, "answers": answers}]
+        )
+        write_text(self.general_answers, text)
 
     @property
     def holds_run(self) -> bool:
@@ -74,6 +86,12 @@ class RunFolder:
 
 def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; none where there is no file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def read_json(path: Path) -> dict[str, Any]:

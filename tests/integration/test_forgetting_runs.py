@@ -70,7 +70,12 @@ def test_what_is_measured_is_told_everywhere(recipe_tree, tmp_path, command) -> 
     records = validated(run)
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     assert all(0 < record["forgetting_kl"] < 1 for record in records)
+    lines = [json.loads(x) for x in (run / "general_answers.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
     content = evaluation_of(run)
+    assert lines[3]["answers"] == content["forgetting"]["examples"]
+    assert lines[0]["answers"] != lines[3]["answers"]
+    assert [a["before"] for a in lines[0]["answers"]] == [a["before"] for a in lines[3]["answers"]]
     forgetting, best = content["forgetting"], records[3]
     assert set(content["before"]["metrics"]) == {"loss"}  # general prompts are no held-out rows
     assert forgetting["step"] == 4
