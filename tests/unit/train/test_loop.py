@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from llamaweft.data.chat import Document
 from llamaweft.errors import RunError
 from llamaweft.model.load import load_causal_lm
 from llamaweft.model.pack import Pack
+from llamaweft.train import loop as loop_module
 from llamaweft.train.checkpoint import LoopState, complete_checkpoints, load_checkpoint
 from llamaweft.train.events import Announcer, Ended, StepEnded, StopRequest, Validated
 from llamaweft.train.loop import Loop, Settings
@@ -169,18 +170,23 @@ def test_what_is_no_number_is_never_the_best(tiny_folder: Path, tmp_path: Path) 
     assert (loop.state.best_step, loop.state.best_value) == (2, 2.0)
 
 
-def test_turns_of_others_are_no_time_of_a_step(tiny_folder: Path, tmp_path: Path) -> None:
+def test_turns_of_others_are_no_time_of_a_step(
+    tiny_folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Each look at the clock is a second later; others take a thousand."""
+    seconds = itertools.count()
+    monkeypatch.setattr(loop_module.time, "perf_counter", lambda: float(next(seconds)))
     packs = [Pack.from_documents(documents()[:1])] * 2
-    loop, seen = loop_over([packs], tiny_folder, tmp_path, max_seconds=1000.0)
+    loop, seen = loop_over([packs], tiny_folder, tmp_path)
     turns = loop.turns()
     for _ in packs:
         next(turns)
-        time.sleep(0.5)
+        seconds = itertools.count(next(seconds) + 1000)
     with pytest.raises(StopIteration):
         next(turns)
     (step,) = (e for e in seen if isinstance(e, StepEnded))
-    assert loop.away_seconds > 0.9
-    assert step.seconds < 0.5
+    assert loop.away_seconds > 2000
+    assert 0 < step.seconds < 100
 
 
 def test_a_stop_request_saves_and_does_not_validate(tiny_folder: Path, tmp_path: Path) -> None:
