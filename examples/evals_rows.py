@@ -6,11 +6,14 @@
 stories-{train,test}.jsonl: short stories of who saw what being moved, with questions whose answer
 is a word of the story (ToMi: Le et al., 2019), as SQuAD rows; all questions on a story are on one
 side. titles-{train,test}.jsonl: abstracts of articles with their titles, as summaries.
+
+Says how often the first and the last place of a story is the answer, whatever the question.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -41,6 +44,12 @@ def story(said: str, answer: str) -> tuple[str, dict] | None:
     return context, {"question": f"Where{question}", "context": context.strip(), "answers": answers}
 
 
+def place_is_right(row: dict, which: int) -> bool:
+    """Whether the first (0) or last (-1) place that something is in or moved to is the answer."""
+    places = re.findall(r"(?:is in the|to the) (\w+)", row["context"])
+    return bool(places) and places[which] == row["answers"]["text"][0]
+
+
 def title(said: str, answer: str) -> tuple[str, dict]:
     return said, {"document": said, "summary": answer}
 
@@ -60,6 +69,11 @@ def main() -> None:
         for side, lines in sides.items():
             (output / f"{name}-{side}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
             print(f"{name}-{side}: {len(lines)} rows")
+        if name == "stories":
+            rows = [json.loads(line) for line in sides["test"]]
+            for word, which in (("first", 0), ("last", -1)):
+                right = sum(place_is_right(row, which) for row in rows) / max(1, len(rows))
+                print(f"the {word} place is right for {right:.1%} of the test's rows")
 
 
 if __name__ == "__main__":
