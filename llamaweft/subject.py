@@ -25,9 +25,9 @@ from llamaweft.export.hf import export_merged
 from llamaweft.export.parity import Parity, auto_class, verify_adapter, verify_merged
 from llamaweft.files import written_aside
 from llamaweft.model.folder import base_name, find_folder
+from llamaweft.model.head_config import HEAD_NAMES
 from llamaweft.model.llama import LlamaForCausalLM, LlamaWithHead, Model
 from llamaweft.model.stores import own_codec
-from llamaweft.model.task_heads import HEAD_NAMES
 from llamaweft.model.tokenizer import load_tokenizer
 from llamaweft.pieces.given import adapter_tokens
 from llamaweft.pipeline import Pipeline, open_run

@@ -14,9 +14,9 @@ from llamaweft.data.general import General, general_prompts, read_general
 from llamaweft.data.prepare import Preparation, Prepared
 from llamaweft.data.targets import HEAD_TASKS
 from llamaweft.model.folder import find_folder, read_config
+from llamaweft.model.head_config import HeadConfig
 from llamaweft.model.new_tokens import NewTokens, add_new_tokens, named
 from llamaweft.model.presets import LlamaConfig
-from llamaweft.model.task_heads import HeadConfig
 from llamaweft.model.tokenizer import load_tokenizer, set_chat_template
 from llamaweft.model.untrained import untrained_tokens
 from llamaweft.plan.hardware import available_bytes

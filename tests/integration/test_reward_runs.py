@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_tasks import refused
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from llamaweft.model.task_heads import HeadConfig
+from llamaweft.model.head_config import HeadConfig
 from llamaweft.pipeline import open_run
 
 KIND, RUDE = ("Gladly", "With pleasure", "Of course"), ("Nonsense", "Rubbish", "No")

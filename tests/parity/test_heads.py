@@ -14,10 +14,11 @@ from llamaweft.data.chat import Document
 from llamaweft.data.targets import LABEL, LAST, NO_CLASS
 from llamaweft.export.hf import export_merged
 from llamaweft.export.parity import auto_class
+from llamaweft.model.head_config import HeadConfig
 from llamaweft.model.llama import with_head
 from llamaweft.model.load import load_causal_lm
 from llamaweft.model.pack import Pack
-from llamaweft.model.task_heads import HeadConfig, TaskHead
+from llamaweft.model.task_heads import TaskHead
 
 random = np.random.default_rng(0)
 TEXTS = [random.integers(5, 900, length) for length in (9, 1, 14)]

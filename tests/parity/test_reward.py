@@ -16,10 +16,11 @@ from llamaweft.data.pairs import PairEncoder
 from llamaweft.data.sources import Row
 from llamaweft.export.hf import export_merged
 from llamaweft.export.parity import auto_class
+from llamaweft.model.head_config import HeadConfig
 from llamaweft.model.llama import with_head
 from llamaweft.model.load import load_causal_lm
 from llamaweft.model.pack import Pack
-from llamaweft.model.task_heads import HeadConfig, TaskHead
+from llamaweft.model.task_heads import TaskHead
 
 
 def said(role: str, content: str) -> dict:

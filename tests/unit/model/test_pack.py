@@ -11,10 +11,11 @@ import torch
 
 from llamaweft.data.chat import Document
 from llamaweft.data.targets import LABEL
+from llamaweft.model.head_config import HeadConfig
 from llamaweft.model.llama import with_head
 from llamaweft.model.load import load_causal_lm
 from llamaweft.model.pack import Pack
-from llamaweft.model.task_heads import HeadConfig, TaskHead
+from llamaweft.model.task_heads import TaskHead
 
 
 def document(ids: list[int], trained: list[int]) -> Document:
