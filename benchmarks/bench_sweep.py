@@ -1,6 +1,6 @@
 """A sweep against the same runs one after another: seconds, memory, and the start.
 
-    python -m benchmarks.bench_sweep --steps 8 --values 1e-4,3e-4,1e-3,3e-3
+    python -m benchmarks.bench_sweep --steps 4 --values 1e-4,3e-4,1e-3,3e-3
 
 Both are processes of `llamaweft train` on the embedded model, taken in turn: the sweep, then each
 run by itself; the next round the other way round. What was prepared and converted is there for
@@ -42,7 +42,6 @@ def write_recipe(work: Path, steps: int, base_weights: str) -> Path:
             "max_steps": steps,
             "micro_batch_tokens": 512,
             "gradient_accumulation_steps": 2,
-            "compute_dtype": "fp32",
             "device": "cpu",
         },
         "evaluation": {"every_steps": None},
@@ -112,7 +111,7 @@ def table(rounds: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_sweep")
     parser.add_argument("--values", default="1e-4,3e-4,1e-3,3e-3", help=f"of {KEY}")
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--base-weights", default="nf4")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--work", type=Path, default=cache_dir() / "bench")
