@@ -208,10 +208,11 @@ def print_evaluation(content: dict[str, Any], before: str = "before", after: str
     """The metric table, with the verdicts of the paired test."""
     from llamaweft.evaluate.report import metric_table
 
-    if not content["before"]["metrics"]:
+    rows = metric_table(content)
+    if not rows:  # general prompts alone were measured
         return
     shown = table(f"On {content['name']}", "metric", before, after, "")
-    for row in metric_table(content):
+    for row in rows:
         shown.add_row(*(escape(cell) for cell in row))
     out.print(shown)
 
