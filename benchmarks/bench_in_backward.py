@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from benchmarks import data, report
-from benchmarks.contender import ROOT, Peak
+from benchmarks.contender import ROOT, train_watched
 from llamaweft.errors import RunError
 from llamaweft.runtime import cache_dir
 
@@ -53,18 +52,7 @@ def measured(recipe: Path, fused: bool) -> dict[str, Any]:
     """Peak and plan in GiB, and the median seconds of a step and its losses."""
     with tempfile.TemporaryDirectory(dir=recipe.parent) as folder:
         run = Path(folder) / "run"
-        arguments = [f"{KEY}={str(fused).lower()}", f"output_dir={run}"]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "llamaweft", "train", str(recipe), *arguments],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        with Peak(process.pid) as peak:
-            _, said = process.communicate()
-        if process.returncode:
-            raise RunError(said.strip().splitlines()[-1])
+        peak = train_watched(recipe, f"{KEY}={str(fused).lower()}", f"output_dir={run}")
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         plan = json.loads((run / "plan.json").read_text())
     return {

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import data, report
-from benchmarks.contender import ROOT, Peak
+from benchmarks.contender import ROOT, train_watched
 from llamaweft.errors import RunError
 from llamaweft.runtime import cache_dir
 
@@ -54,19 +53,8 @@ def write_recipe(work: Path, steps: int, base_weights: str) -> Path:
 def trained(recipe: Path, *arguments: str) -> dict[str, Any]:
     """Seconds of `llamaweft train` from start to end, and the peak of its anonymous memory."""
     with tempfile.TemporaryDirectory(dir=recipe.parent) as folder:
-        command = [sys.executable, "-m", "llamaweft", "train", str(recipe), "--json"]
         began = time.perf_counter()
-        process = subprocess.Popen(
-            [*command, *arguments, f"output_dir={folder}/run"],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        with Peak(process.pid) as peak:
-            _, said = process.communicate()
-        if process.returncode:
-            raise RunError(said.strip().splitlines()[-1])
+        peak = train_watched(recipe, "--json", *arguments, f"output_dir={folder}/run")
         seconds = time.perf_counter() - began
         steps = sum(
             json.loads(line)["seconds"]

@@ -149,5 +149,22 @@ class Peak:
         self._thread.join()
 
 
+def train_watched(recipe: Path, *arguments: str) -> Peak:
+    """The peaks of `llamaweft train` from start to end. Raises RunError, with the last line that
+    it said, when it fails."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llamaweft", "train", str(recipe), *arguments],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with Peak(process.pid) as peak:
+        _, said = process.communicate()
+    if process.returncode:
+        raise RunError(said.strip().splitlines()[-1])
+    return peak
+
+
 def _bytes(value: str) -> int:
     return int(value.split()[0]) * 1024
