@@ -12,6 +12,7 @@ from llamaweft.evaluate.head_evaluator import HeadEvaluator
 from llamaweft.model.llama import Model
 from llamaweft.recipe import Recipe
 from llamaweft.train.checkpoint import LoopState
+from llamaweft.train.events import StopRequest
 from llamaweft.train.loop import FORGETTING
 from llamaweft.train.run_folder import RunFolder
 
@@ -36,6 +37,9 @@ class Judged(Protocol):
     @property
     def evaluator(self) -> Evaluator | HeadEvaluator | None: ...
 
+    @property
+    def stop(self) -> StopRequest: ...
+
     def save_trained(self, model: Model) -> None: ...
 
 
@@ -47,12 +51,22 @@ class Judge:
     """
 
     def __init__(self, pipeline: Judged, model: Model, progress: Progress | None) -> None:
-        self.pipeline, self.model, self.progress = pipeline, model, progress
+        self.pipeline, self.model, self.progress = pipeline, model, self._unless_stopped(progress)
         self.guard: ForgettingGuard | None = None
         self.state: Callable[[], LoopState] = LoopState
         """Of the loop that asks."""
         self.latest: dict[str, Any] | None = None
         self.best: dict[str, Any] | None = None
+
+    def _unless_stopped(self, progress: Progress | None) -> Progress:
+        """`progress`, which ends the measuring once the run is asked to stop."""
+
+        def told(done: int, total: int) -> None:
+            self.pipeline.stop.check()
+            if progress is not None:
+                progress(done, total)
+
+        return told
 
     @property
     def measures(self) -> bool:

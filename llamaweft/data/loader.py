@@ -111,9 +111,15 @@ class Loader(Generic[Batch]):
         of one: pack i of a step is for rank i mod `ranks`."""
         packs = self._packs(start_step * self.accumulation)
         for step in range(start_step, self.total_steps):
-            taken = step * self.accumulation
-            count = min(self.accumulation, self.total_packs - taken)
-            yield [self.collate(pack) for pack in list(islice(packs, count))[rank::ranks]]
+            yield [self.collate(p) for p in list(islice(packs, self._size(step)))[rank::ranks]]
+
+    def documents_of(self, step: int) -> list[list[Document]]:
+        """The documents of each pack of the step after `step` finished ones."""
+        return list(islice(self._packs(step * self.accumulation), self._size(step)))
+
+    def _size(self, step: int) -> int:
+        """Packs of the step after `step` finished ones."""
+        return min(self.accumulation, self.total_packs - step * self.accumulation)
 
     def _packs(self, skip: int) -> Iterator[list[Document]]:
         for epoch in count():

@@ -103,7 +103,8 @@ def generate_batch(
 
     Prompts of like length share a batch; a finished sequence leaves it. An answer has
     `max_new_tokens` at most, and ends where the model's context does. cache_bytes: of keys and
-    values held at once. progress: called with the number of finished prompts. is_complete: whether
+    values held at once. progress: called for every token with the prompts
+    of the batches that are finished; what it raises ends the generation. is_complete: whether
     an answer ends with the last of these tokens, which are part of it.
     """
     context = model.config.max_position_embeddings
@@ -114,7 +115,7 @@ def generate_batch(
     finished = 0
     rooms = [len(prompts[i]) + most[i] for i in order]
     for rows in _batches(model, order, rooms, cache_bytes):
-        finished += len(rows)
+        batch = len(rows)
         session = Session(model, len(rows), max(len(prompts[i]) + most[i] for i in rows))
         logits_BV = session.prefill([prompts[i] for i in rows])
         while rows:
@@ -136,6 +137,9 @@ def generate_batch(
                 ids_B = ids_B[kept]
             if rows:
                 logits_BV = session.decode(ids_B)
+                if progress is not None:
+                    progress(finished)
+        finished += batch
         if progress is not None:
             progress(finished)
     return [Answer(ids, end) for ids, end in zip(answers, finish, strict=True)]

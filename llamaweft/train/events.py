@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class StepEnded:
 
     loss: mean over the step's trained tokens, in nats. lr: learning rate of the step.
     grad_norm: before clipping; not finite where fp16 overflowed and the weights stayed.
+    skipped: whether the guard left the step out; loss and gradient are then what they are.
     tokens: of the documents as given. computed_tokens: of the packs.
     seconds: wall clock with data loading, without validation and checkpoints.
     useful_flops_per_second: base matmuls that were needed, over seconds.
@@ -42,6 +44,7 @@ class StepEnded:
     anon_bytes: int
     rss_bytes: int
     device_bytes: int
+    skipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,36 @@ class CheckpointSaved:
 
 
 @dataclass(frozen=True)
+class StepLeftOut:
+    """The guard left a step out. documents: those that do harm by themselves, or, where none does,
+    all of the step."""
+
+    step: int
+    reason: str
+    documents: list[Any]
+
+
+@dataclass(frozen=True)
+class WentBack:
+    """After `step` the loop went back to the checkpoint of `to_step`; the learning rate is
+    multiplied by `learning_rate_factor` from there on."""
+
+    step: int
+    to_step: int
+    learning_rate_factor: float
+
+
+@dataclass(frozen=True)
+class PacksSplit:
+    """In the step after `step` memory ran out: packs of more than `over_tokens` are computed in
+    parts from there on."""
+
+    step: int
+    over_tokens: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Ended:
     """The loop is over. reason: finished, early_stopping, or what a stop request said."""
 
@@ -67,18 +100,29 @@ class Ended:
     reason: str
 
 
-Event = Started | StepEnded | Validated | CheckpointSaved | Ended
+Event = (
+    Started | StepEnded | Validated | CheckpointSaved | StepLeftOut | WentBack | PacksSplit | Ended
+)
 Listener = Callable[[Event], None]
+
+
+class InterruptedByRequest(Exception):  # noqa: N818 - no error
+    """A stop request cut short what was being measured. Its text is the request's reason."""
 
 
 @dataclass
 class StopRequest:
-    """Asked from outside (Ctrl-C, a page): the loop ends after the current step and saves."""
+    """Asked from outside (Ctrl-C, a page): the loop ends after the current pack and saves."""
 
     reason: str | None = None
 
     def __call__(self, reason: str) -> None:
         self.reason = reason
+
+    def check(self) -> None:
+        """Raises InterruptedByRequest once a stop was asked for."""
+        if self.reason is not None:
+            raise InterruptedByRequest(self.reason)
 
 
 @dataclass

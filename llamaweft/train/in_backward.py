@@ -31,6 +31,8 @@ class InBackward:
         self.parameters = list(parameters.values())
         self._groups = {id(p): g for g in optimizer.param_groups for p in g["params"]}
         self._norms: dict[int, Tensor] = {}
+        self.harmed = False
+        """Whether a gradient of this step was not finite: the weights are no longer good."""
         for parameter in self.parameters:
             parameter.register_post_accumulate_grad_hook(self._update)
 
@@ -39,7 +41,9 @@ class InBackward:
             return
         assert parameter.grad is not None
         assert id(parameter) not in self._norms, "a parameter got a gradient after it was updated"
-        self._norms[id(parameter)] = torch.linalg.vector_norm(parameter.grad)
+        norm = torch.linalg.vector_norm(parameter.grad)
+        self._norms[id(parameter)] = norm
+        self.harmed = self.harmed or not bool(norm.isfinite())
         groups = self.optimizer.param_groups
         self.optimizer.param_groups = [self._groups[id(parameter)] | {"params": [parameter]}]
         self.optimizer.step()
@@ -50,4 +54,5 @@ class InBackward:
         """The norm of the whole gradient of the step, as torch's `clip_grad_norm_` computes it."""
         norms = [self._norms[id(p)] for p in self.parameters if id(p) in self._norms]
         self._norms.clear()
+        self.harmed = False
         return float(torch.linalg.vector_norm(torch.stack(norms)))

@@ -12,32 +12,33 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from llamaweft.errors import RunError
-from llamaweft.runtime import anon_bytes, device_bytes, rss_bytes
-from llamaweft.train.checkpoint import LoopState, Snapshot, load_checkpoint, save_checkpoint
+from llamaweft.train.checkpoint import (
+    Snapshot,
+    complete_checkpoints,
+    forget_after,
+    good_checkpoints,
+    load_checkpoint,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+)
 from llamaweft.train.events import (
-    Announcer,
     CheckpointSaved,
     Ended,
+    InterruptedByRequest,
     Started,
-    StepEnded,
-    StopRequest,
     Validated,
+    WentBack,
 )
-from llamaweft.train.in_backward import InBackward
-from llamaweft.train.optim import (
-    load_optimizer_state,
-    load_scaler_state,
-    optimizer_state,
-    scaler_state,
-    set_learning_rate,
-)
-from llamaweft.train.schedule import LearningRate
+from llamaweft.train.misfit import check_fits
+from llamaweft.train.optim import load_optimizer_state, load_scaler_state, optimizer_state
+from llamaweft.train.step import Stepper
 
 LOWER_IS_BETTER = ("loss", "perplexity", "mae")
 Result = TypeVar("Result")
@@ -58,78 +59,23 @@ def exhausted(turns: Generator[None, None, Result]) -> Result:
             return result
 
 
-class PackLike(Protocol):
-    """What the loop needs to know of a micro-batch."""
+@dataclass(kw_only=True)
+class Loop(Stepper):
+    """Steps, validations and checkpoints (what a step needs: Stepper).
 
-    label_weight_N: Tensor
-
-    document_tokens: int
-
-    @property
-    def tokens(self) -> int: ...
-
-    @property
-    def trained_tokens(self) -> int: ...
-
-    def to(self, device: torch.device) -> PackLike: ...
-
-
-class LoaderLike(Protocol):
-    total_steps: int
-
-    def steps(self, start_step: int = 0) -> Iterator[list[Any]]: ...
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Numbers of the recipe that the loop itself needs."""
-
-    checkpoints: Path
-    checkpoint_every_steps: int
-    save_total_limit: int
-    evaluate_every_steps: int | None
-    early_stopping_patience: int | None
-    max_grad_norm: float | None
-    best_metric: str | None
-    early_stopping_min_gain: float = 0.0
-    max_seconds: float | None = None
-    stops_over_budget: bool = False
-
-
-@dataclass
-class Loop:
-    """objective: a pack -> (weighted sum of losses, sum of weights).
     constants: tensors that stay as they are, and are saved since they would not be found again.
     evaluator: () -> {metric: {"value": ..., ...}}, or None where nothing is held out.
     keep_best: called when the weights are the best so far.
     within_budget: whether what the evaluator gave allows the weights to be the best.
-    useful_flops: base matmul FLOPs that a list of packs needs.
-    scaler: of fp16's gradients; a disabled one changes nothing.
-    in_backward: steps the optimizer while gradients are computed; None: after that.
     began: when the run was started, by time.perf_counter; max_seconds counts from there.
-    away_seconds: how long others had the device between two turns; no time of this run.
     """
 
     model: nn.Module
-    parameters: dict[str, nn.Parameter]
-    objective: Callable[[Any], tuple[Tensor, Tensor]]
-    loader: LoaderLike
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    learning_rate: LearningRate
     evaluator: Callable[[], dict[str, dict[str, float]]] | None
     keep_best: Callable[[], None]
-    useful_flops: Callable[[list[Any]], float]
-    settings: Settings
-    announce: Announcer
-    stop: StopRequest
-    device: torch.device
-    state: LoopState
     began: float = field(default_factory=time.perf_counter)
     within_budget: Callable[[dict[str, dict[str, float]]], bool] = lambda metrics: True
     longest: dict[str, float] = field(default_factory=dict)
-    away_seconds: float = 0.0
-    in_backward: InBackward | None = None
     constants: dict[str, Tensor] = field(default_factory=dict)
 
     @contextmanager
@@ -139,32 +85,29 @@ class Loop:
         yield
         self.longest[what] = max(self.longest.get(what, 0), self._clock() - began)
 
-    def _clock(self) -> float:
-        """Seconds, without those that others had the device."""
-        return time.perf_counter() - self.away_seconds
-
-    def _turn(self) -> Iterator[None]:
-        """Let others have the device, if there are any."""
-        left = time.perf_counter()
-        yield
-        self.away_seconds += time.perf_counter() - left
-
     def resume(self, checkpoint: Path) -> None:
-        """Put weights, optimizer, loss scale, position and random generators back."""
+        """Put weights, optimizer, loss scale, position and random generators back. Raises UserError
+        for a checkpoint that cannot be read or is none of this run."""
         snapshot = load_checkpoint(checkpoint)
+        kept = self.parameters | self.constants
+        steps = self.loader.total_steps
+        check_fits(snapshot, checkpoint, kept=kept, trained=self.parameters, total_steps=steps)
         with torch.no_grad():
-            for name, tensor in (self.parameters | self.constants).items():
+            for name, tensor in kept.items():
                 tensor.copy_(snapshot.trained[name])
         load_optimizer_state(self.optimizer, self.parameters, snapshot.optimizer)
-        self.state = snapshot.state
+        self.state, self.random_at_start = snapshot.state, snapshot.random_at_start
         load_scaler_state(self.scaler, self.state.loss_scale, self.state.steps_at_loss_scale)
+        self.optimizer.zero_grad(set_to_none=True)
+        for name, gradient in snapshot.gradients.items():
+            self.parameters[name].grad = gradient.to(self.parameters[name].device)
 
     def run(self) -> str:
         """Train to the end, to an early stop, to max_seconds or to a stop request; returns which
         it was.
 
-        The last step is validated and saved. A stop request only saves, so that the resumed run
-        validates at the same steps as one that was never stopped.
+        The last step is validated and saved. A stop request only saves, in the midst of a step or
+        of a validation too, so that the resumed run is one that was never stopped.
         """
         return exhausted(self.turns())
 
@@ -172,96 +115,100 @@ class Loop:
         """`run`, which pauses after each micro-batch: several loops can share a device."""
         self.announce(Started(self.state.step, self.loader.total_steps))
         self.model.train()
-        done = self.state.step == self.loader.total_steps
-        ended = None if done else self._ended_early()  # it stays so when it is resumed
-        reason, last = ended or FINISHED, ended is not None
+        if self.settings.guard.goes_back and not complete_checkpoints(self.settings.checkpoints):
+            self._save(as_start=True)  # the first good state
+        ended = self._over()  # it stays so when it is resumed
         steps = self.loader.steps(self.state.step)
-        while self.state.step < self.loader.total_steps and not last:
-            began = self._clock()
-            with self.timed("step"):
-                yield from self._step([pack.to(self.device) for pack in next(steps)], began)
-            last = self.state.step == self.loader.total_steps
-            if not last and self._is_out_of_time():
-                reason, last = OUT_OF_TIME, True
-            if self._is_due(self.settings.evaluate_every_steps, last):
+        while ended is None:
+            out_of_time, was_due = False, self.state.validation_due
+            if not was_due:
+                began = self._clock()
+                with self.timed("step"):
+                    yield from self._step([pack.to(self.device) for pack in next(steps)], began)
+                if self._must_go_back():
+                    self._go_back()
+                    steps = self.loader.steps(self.state.step)
+                    continue
+                last = self.state.step == self.loader.total_steps
+                within = self.state.packs_done > 0
+                out_of_time = not last and not within and self._is_out_of_time()
+                self.state.validation_due = not within and self._is_due(
+                    self.settings.evaluate_every_steps, last or out_of_time
+                )
+            if self.state.validation_due:
                 with self.timed("validation"):
                     self._validate()
-                if (ended := self._ended_early()) and not last:
-                    reason, last = ended, True
-            if self.stop.reason and not last:
-                reason, last = self.stop.reason, True
-            if self._is_due(self.settings.checkpoint_every_steps, last):
+            ended = self._ended(out_of_time)
+            caught_up = was_due and not self.state.validation_due  # so that it is done once
+            if self._saves(ended is not None or caught_up):
                 with self.timed("saving"):
                     self._save()
         if self.state.best_step is None:
             self.keep_best()
-        self.announce(Ended(self.state.step, reason))
-        return reason
+        self.announce(Ended(self.state.step, ended))
+        return ended
 
-    def _step(self, packs: list[PackLike], began: float) -> Iterator[None]:
-        """Sum, count, divide once: the loss is the mean over the whole global batch."""
-        count = torch.stack([pack.label_weight_N.sum() for pack in packs]).sum()
-        loss, rate = 0.0, self.learning_rate(self.state.step + 1)
-        set_learning_rate(self.optimizer, rate)
-        for pack in packs:
-            total, _ = self.objective(pack)
-            mean = total / count
-            self.scaler.scale(mean).backward()
-            loss += mean.item()
-            yield from self._turn()
-        self.state.step += 1
-        norm = self._update() if self.in_backward is None else self.in_backward.norm()
-        seconds = self._clock() - began
-        tokens = sum(pack.document_tokens for pack in packs)
-        self.announce(
-            StepEnded(
-                step=self.state.step,
-                loss=loss,
-                lr=rate,
-                grad_norm=norm,
-                tokens=tokens,
-                computed_tokens=sum(pack.tokens for pack in packs),
-                trained_tokens=sum(pack.trained_tokens for pack in packs),
-                seconds=seconds,
-                tokens_per_second=tokens / seconds,
-                useful_flops_per_second=self.useful_flops(packs) / seconds,
-                anon_bytes=anon_bytes(),
-                rss_bytes=rss_bytes(),
-                device_bytes=device_bytes(self.device),
-            )
-        )
+    def _over(self) -> str | None:
+        """Why there is no step to take; None where there is, or a validation to do."""
+        if self.state.validation_due:
+            return None
+        done = self.state.step == self.loader.total_steps
+        return FINISHED if done else self._ended_early()
 
-    def _update(self) -> float:
-        """Clip the gradient, step, forget it; returns its norm before clipping.
+    def _ended(self, out_of_time: bool) -> str | None:
+        """Why the loop ends here; None where it goes on."""
+        if self.state.validation_due or self.state.packs_done > 0:
+            return self.stop.reason  # which cut it short
+        if self.state.step < self.loader.total_steps and out_of_time:
+            return OUT_OF_TIME
+        return self._over() or self.stop.reason
 
-        Where fp16 overflowed the norm is not finite, the weights stay and the loss scale is
-        halved. Raises RunError when that happens without any scale too.
+    def _must_go_back(self) -> bool:
+        limit = self.settings.guard.max_skipped_steps
+        return self.weights_harmed or self.state.guard.skipped_in_a_row >= limit
+
+    def _go_back(self) -> None:
+        """To the last good state, with a lower learning rate.
+
+        Raises RunError where the recipe wants the run to stop instead, or it went back too often.
         """
-        self.scaler.unscale_(self.optimizer)
-        limit = self.settings.max_grad_norm
-        norm = nn.utils.clip_grad_norm_(
-            self.parameters.values(), float("inf") if limit is None else limit
-        )
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.state.loss_scale, self.state.steps_at_loss_scale = scaler_state(self.scaler)
-        if self.state.loss_scale is not None and self.state.loss_scale < 1:
+        guard, settings, step = self.state.guard, self.settings.guard, self.state.step
+        sound = good_checkpoints(self.settings.checkpoints)
+        if not settings.goes_back or guard.returns >= settings.max_returns or not sound:
+            often = f" after going back {guard.returns} times" if guard.returns else ""
             raise RunError(
-                f"training.compute_dtype: fp16 cannot hold the numbers of step {self.state.step}, "
-                "even with its loss unscaled; start a new run with fp32, or with bf16 where the "
-                "device is fast in it"
+                f"the guard left out {guard.skipped_in_a_row} steps in a row{often}, the last one "
+                f"is step {step} (quarantine.jsonl names the rows); lower training.learning_rate, "
+                "or remove those rows, and start a new run"
             )
-        return norm.item()
+        best = self.state
+        self.resume(sound[-1])
+        forget_after(self.settings.checkpoints, sound[-1])
+        if best.best_step is not None:  # it lies in the run folder
+            self.state.best_value, self.state.best_step = best.best_value, best.best_step
+            self.state.best_metrics = best.best_metrics
+        self.state.guard = guard.returned(settings, self.state.guard)
+        self.state.guard.records += 1
+        self.weights_harmed = False
+        factor = self.state.guard.learning_rate_factor
+        self.announce(WentBack(step, self.state.step, factor))
 
     def _is_due(self, every: int | None, last: bool) -> bool:
         return last or (every is not None and self.state.step % every == 0)
 
     def _validate(self) -> None:
+        """Measure, and judge the weights by it; a stop request leaves it for the resumed run."""
+        random = random_state()
+        try:
+            metrics = {} if self.evaluator is None else self.evaluator()
+        except InterruptedByRequest:
+            restore_random_state(random)
+            return
+        finally:
+            self.model.train()
+        self.state.validation_due = False
         if self.evaluator is None:
             return
-        metrics = self.evaluator()
-        self.model.train()
         value = self._first(metrics)
         within = self.within_budget(metrics)
         best = within and self._gain(value, self.state.best_value) > 0
@@ -305,13 +252,26 @@ class Loop:
         exhausted = patience is not None and self.state.without_gain >= patience
         return EARLY_STOPPING if exhausted else None
 
-    def _save(self) -> None:
+    def _saves(self, last: bool) -> bool:
+        """Whether to save now: after steps that were left out only at the end, since the guard goes
+        back to what is saved."""
+        if self.state.guard.skipped_in_a_row and not last:
+            return False
+        return self._is_due(self.settings.checkpoint_every_steps, last)
+
+    def _save(self, *, as_start: bool = False) -> None:
         snapshot = Snapshot(
             self.state,
             {name: t.detach() for name, t in (self.parameters | self.constants).items()},
             optimizer_state(self.optimizer, self.parameters),
+            {n: p.grad for n, p in self.parameters.items() if p.grad is not None},
+            self.random_at_start,
         )
         folder = save_checkpoint(
-            self.settings.checkpoints, snapshot, self.settings.save_total_limit
+            self.settings.checkpoints,
+            snapshot,
+            self.settings.save_total_limit,
+            as_start=as_start,
         )
-        self.announce(CheckpointSaved(self.state.step, folder))
+        if not as_start:
+            self.announce(CheckpointSaved(self.state.step, folder))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from llamaweft.train.events import Event, StepEnded, Validated
+from llamaweft.train.events import Event, StepEnded, Validated, WentBack
 
 VALIDATIONS = 2
 """So many validations must lie above the best one, since one alone may be chance."""
@@ -76,7 +76,9 @@ class OverfittingWatch:
     def __call__(self, event: Event) -> None:
         match event:
             case StepEnded():
-                self.records.append({"kind": "train", "loss": event.loss})
+                self.records.append({"kind": "train", "step": event.step, "loss": event.loss})
+            case WentBack(to_step=step):
+                self.records = [record for record in self.records if record["step"] <= step]
             case Validated(step=step, metrics=metrics):
                 self.records.append({"kind": "validation", "step": step} | metrics)
                 said = self.found is not None

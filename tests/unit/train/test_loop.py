@@ -14,12 +14,13 @@ from llamaweft.data.chat import Document
 from llamaweft.errors import RunError
 from llamaweft.model.load import load_causal_lm
 from llamaweft.model.pack import Pack
-from llamaweft.train import loop as loop_module
+from llamaweft.train import step as step_module
 from llamaweft.train.checkpoint import LoopState, complete_checkpoints, load_checkpoint
 from llamaweft.train.events import Announcer, Ended, StepEnded, StopRequest, Validated
-from llamaweft.train.loop import Loop, Settings
+from llamaweft.train.loop import Loop
 from llamaweft.train.optim import build_optimizer, build_scaler, trained_parameters
 from llamaweft.train.schedule import LearningRate
+from llamaweft.train.step import Settings
 
 
 def documents() -> list[Document]:
@@ -175,7 +176,7 @@ def test_turns_of_others_are_no_time_of_a_step(
 ) -> None:
     """Each look at the clock is a second later; others take a thousand."""
     seconds = itertools.count()
-    monkeypatch.setattr(loop_module.time, "perf_counter", lambda: float(next(seconds)))
+    monkeypatch.setattr(step_module.time, "perf_counter", lambda: float(next(seconds)))
     packs = [Pack.from_documents(documents()[:1])] * 2
     loop, seen = loop_over([packs], tiny_folder, tmp_path)
     turns = loop.turns()
