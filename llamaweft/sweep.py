@@ -139,7 +139,7 @@ class Sweep:
                     f"--resume goes on with the sweep of {self.root / SWEEP}, whose keys and "
                     "values are others; give them again, or another output_dir"
                 )
-        elif self.root.exists() and any(self.root.iterdir()):
+        elif self.root.exists() and any(self.root.glob("[!.]*")):
             raise UserError(f"{self.root} holds other files; give a new or empty output_dir")
 
     def _share(self, say: Callable[[str], None]) -> None:

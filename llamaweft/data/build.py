@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from llamaweft.data.example import Example
 from llamaweft.data.formats import ShapeOfFile, to_examples
 from llamaweft.data.observe import Flag, Observer
 from llamaweft.data.sources import BadRows, Row, Source, fingerprint, read_rows
-from llamaweft.data.store import StoredRows, Writer, read_state
+from llamaweft.data.store import StoredRows, Writer, damaged, read_state
 from llamaweft.data.targets import TargetEncoder
 from llamaweft.data.template import Rendered
 from llamaweft.errors import UserError
@@ -78,7 +79,12 @@ class Build:
         is left in the cache then."""
         folder = cache_dir() / "prepared" / self._digest()
         with locked(folder.parent / f".{folder.name}.lock"):  # a second process waits for the rows
-            if not read_state(folder).get("complete"):
+            complete = read_state(folder).get("complete")
+            if complete and (file := damaged(folder)) is not None:
+                self.say(f"{file} is damaged, so the rows are prepared again")
+                shutil.rmtree(folder)
+                complete = False
+            if not complete:
                 try:
                     self._write(folder)
                 except UserError:
@@ -89,7 +95,14 @@ class Build:
                         f"{folder} cannot be written: {error.strerror or error}; free some room "
                         "or set LLAMAWEFT_CACHE to another folder"
                     ) from None
-        return StoredRows(folder)
+        stored = StoredRows(folder)
+        stored.fingerprints = self.fingerprints
+        return stored
+
+    @cached_property
+    def fingerprints(self) -> list[str]:
+        """A hash of what each source holds."""
+        return [fingerprint(source) for source in self.sources]
 
     def _digest(self) -> str:
         tokenizer = self.encoder.tokenizer
@@ -100,7 +113,10 @@ class Build:
             xxhash.xxh3_128_hexdigest(self.encoder.core.to_str().encode()),
             tokenizer.chat_template,
             tokenizer.special_tokens_map,
-            [[fingerprint(s), s.format, s.columns] for s in self.sources],
+            [
+                [held, source.format, source.columns]
+                for held, source in zip(self.fingerprints, self.sources, strict=True)
+            ],
             [step for step in self.clean if step["step"] not in ("duplicates", "leakage")],
             self.on_bad_row,
             self.observer.vocab_size,

@@ -6,7 +6,6 @@ about one text, or questions with one long answer, are no leak.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
 
@@ -16,8 +15,7 @@ import xxhash
 from llamaweft.data.cleaning import texts_of
 from llamaweft.data.example import Example
 from llamaweft.data.leakage import NGRAM_WORDS, Leak, Leakage, ngrams, word_spans
-from llamaweft.data.store import StoredRows
-from llamaweft.files import write_text
+from llamaweft.data.store import StoredRows, read_sealed, write_sealed
 
 MOST_REFERENCES = 20_000
 """Held-out rows that are looked for: their n-grams are held in memory."""
@@ -60,8 +58,7 @@ def contamination(
         return Contamination()
     parts = [rows_N.tobytes(), held.folder.name.encode(), held_N.tobytes(), str(ngram).encode()]
     file = stored.folder / f"leaks-{xxhash.xxh3_64_hexdigest(b'|'.join(parts))}.json"
-    if file.exists():
-        content = json.loads(file.read_text(encoding="utf-8"))
+    if (content := read_sealed(file)) is not None:
         pairs = [Pair(**pair) for pair in content.pop("pairs")]
         return Contamination(**content, pairs=pairs)
     found = Contamination()
@@ -69,7 +66,7 @@ def contamination(
         (found.leaks_N if pair.verdict == "leak" else found.overlaps_N).append(pair.row)
         if len(found.pairs) < PAIRS_SHOWN:
             found.pairs.append(pair)
-    write_text(file, json.dumps(asdict(found)))
+    write_sealed(file, asdict(found))
     return found
 
 

@@ -7,7 +7,8 @@ chunk.
     rows.bin      a ROW for each row            records.bin   where the row is from, and its key
     ids.bin       int32 token ids               weights.bin   uint8, indices into "weights"
     labels.bin    what a head reads, for tasks that have one (targets.py)
-    state.json    how far they go, what is needed to go on, the "weights"; "complete" at the end
+    state.json    how far they go, what is needed to go on, the "weights"; "complete" at the end,
+                  with the checksum (XXH3, 128 bits) of each file; its own is that of all else in it
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from llamaweft.data.chat import Document, labels_within
 from llamaweft.data.example import Example
 from llamaweft.data.targets import LABEL
 from llamaweft.errors import UserError
-from llamaweft.files import write_text
+from llamaweft.files import digest, write_text
 
 ROW = np.dtype(
     [
@@ -165,7 +166,10 @@ class Writer:
             "state": self.state,
             "complete": complete,
         }
-        write_text(self.folder / "state.json", json.dumps(content))
+        if complete:
+            paths = [self.folder / f"{name}.bin" for name in FILES]
+            content["checksums"] = {path.stem: digest(path) for path in paths}
+        write_sealed(self.folder / "state.json", content)
 
     def close(self) -> None:
         for file in self._files.values():
@@ -179,6 +183,8 @@ class StoredRows:
         content = read_state(folder)
         self.folder = folder
         self.state: dict[str, Any] = content["state"]
+        self.fingerprints: list[str] = []
+        """Of the sources, where it was built from them."""
         self._palette = np.array(content["weights"], np.float32)
         self.table, self._ids, self._codes, self._records, self._labels = (
             _mapped(folder / f"{name}.bin", kind) for name, kind in FILES.items()
@@ -240,10 +246,9 @@ def text_tokens(rows: np.ndarray) -> np.ndarray:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What the last commit wrote; empty where there was none."""
-    try:
-        content: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    """What the last commit wrote; empty where there was none, or it is damaged."""
+    content = read_sealed(folder / "state.json")
+    if content is None:
         return {}
     sizes = content["bytes"]
     whole = all(
@@ -251,6 +256,32 @@ def read_state(folder: Path) -> dict[str, Any]:
         for name in FILES
     )
     return content if whole else {}
+
+
+def damaged(folder: Path) -> Path | None:
+    """A file of a complete folder that has not its checksum, if there is one."""
+    sums = read_state(folder)["checksums"]
+    paths = [folder / f"{name}.bin" for name in FILES]
+    return next((path for path in paths if digest(path) != sums[path.stem]), None)
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """JSON with its own checksum in it."""
+    write_text(path, json.dumps(content | {"checksum": _checksum(content)}))
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """What `write_sealed` wrote; None where there is no file or it is damaged."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        sound = content.pop("checksum", None) == _checksum(content)
+    except (FileNotFoundError, ValueError, AttributeError):
+        return None
+    return content if sound else None
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
 
 
 def _mapped(path: Path, kind: np.dtype[Any]) -> np.ndarray:

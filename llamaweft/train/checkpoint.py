@@ -1,7 +1,9 @@
 """Checkpoints: complete or absent, checksummed, without pickles.
 
 checkpoints/step-000100/ holds trained.safetensors, optimizer.safetensors, rng.safetensors,
-state.json and checksums.json. It is written aside, flushed to the disk and renamed.
+state.json and checksums.json; step-000100-pack-003/, made by a stop in the midst of the step after
+it, has gradients.safetensors and rng_at_start.safetensors too. Each is written aside, flushed to
+the disk and renamed.
 """
 
 from __future__ import annotations
@@ -10,20 +12,29 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llamaweft.errors import UserError
+from llamaweft.errors import RunError, UserError
+from llamaweft.files import put_back, remove, take_place
+from llamaweft.train.guard import GuardState
 
 TRAINED, OPTIMIZER, RNG = "trained.safetensors", "optimizer.safetensors", "rng.safetensors"
+GRADIENTS, RNG_AT_START = "gradients.safetensors", "rng_at_start.safetensors"
 STATE, CHECKSUMS = "state.json", "checksums.json"
+DAMAGED = ".damaged-"
+START = "start"
+NAME = re.compile(r"step-([0-9]{6,})(?:-pack-([0-9]{3,}))?")
 
 
 @dataclass
@@ -37,6 +48,8 @@ class LoopState:
     loss_scale: what fp16 multiplies the loss by, or None for another dtype.
     steps_at_loss_scale: steps that were taken since it changed.
     schedule: what is kept for the backward pass, as plan/memory.py writes it.
+    packs_done, loss_so_far: of the next step, where the loop was stopped in its midst.
+    validation_due: whether the validation after `step` was not done. guard: what the guard carries.
     """
 
     step: int = 0
@@ -50,43 +63,161 @@ class LoopState:
     loss_scale: float | None = None
     steps_at_loss_scale: int = 0
     schedule: dict[str, Any] = field(default_factory=dict)
+    packs_done: int = 0
+    loss_so_far: float = 0.0
+    validation_due: bool = False
+    guard: GuardState = field(default_factory=GuardState)
+
+    @property
+    def name(self) -> str:
+        """Of its checkpoint; names are in the order of the run."""
+        within = f"-pack-{self.packs_done:03d}" if self.packs_done else ""
+        return f"step-{self.step:06d}{within}"
+
+    @classmethod
+    def from_dict(cls, found: Any) -> LoopState:
+        """What `dataclasses.asdict` gave. Raises ValueError for anything else."""
+        if not isinstance(found, dict) or not isinstance(found.get("guard", {}), dict):
+            raise ValueError("it holds no state of a loop")
+        guard = found.get("guard", {})
+        for kind, values in ((cls, found), (GuardState, guard)):
+            if unknown := values.keys() - {field.name for field in fields(kind)}:
+                raise ValueError(f"{min(unknown)} is no part of a loop's state")
+        try:
+            state: LoopState = TypeAdapter(cls).validate_json(json.dumps(found), strict=True)
+        except ValidationError as error:
+            wrong = error.errors(include_url=False, include_input=False)[0]
+            name = ".".join(map(str, wrong["loc"]))
+            raise ValueError(f"{name} of its state makes no sense ({wrong['msg']})") from None
+        return state
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything that the next step depends on."""
+    """Everything that the next step depends on. gradients: of the packs that are done already,
+    where the loop was stopped in the midst of a step; random_at_start: the random state when that
+    step began, from which it is taken again should memory run out."""
 
     state: LoopState
     trained: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    random_at_start: dict[str, Tensor] = field(default_factory=dict)
 
 
-def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int) -> Path:
-    """Write `folder`/step-NNNNNN with the state of every random generator, and delete all but
-    the newest `keep` checkpoints."""
-    target = folder / f"step-{snapshot.state.step:06d}"
+def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int, *, as_start: bool = False) -> Path:
+    """Write the snapshot with the state of every random generator as a folder of `folder`, and
+    delete all but the newest `keep` checkpoints and the newest good one.
+
+    as_start: write it as what the guard may go back to while there is no other; no run is resumed
+    from there. Raises RunError where it cannot be written; those that were there stay.
+    """
+    target = folder / (START if as_start else snapshot.state.name)
     aside = folder / f".{target.name}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    save_file(_plain(snapshot.trained), aside / TRAINED)
-    save_file(_plain(snapshot.optimizer), aside / OPTIMIZER)
-    save_file(random_state(), aside / RNG)
-    (aside / STATE).write_text(json.dumps(asdict(snapshot.state), indent=2))
-    sums = {path.name: _sha256(path) for path in sorted(aside.iterdir())}
-    (aside / CHECKSUMS).write_text(json.dumps(sums, indent=2))
-    for path in [*aside.iterdir(), aside]:
-        _fsync(path)
-    shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
-    _fsync(folder)
-    for old in complete_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        _write(aside, snapshot)
+        take_place(aside, target)
+        good = good_checkpoints(folder)[-1:]
+        for old in [*complete_checkpoints(folder)[:-keep], *folder.glob(START)]:
+            if old not in good:
+                remove(old)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(
+            f"the checkpoint {target} cannot be written: {reason}; make room, then go on from the "
+            "one before it with --resume"
+        ) from None
     return target
+
+
+def _write(folder: Path, snapshot: Snapshot) -> None:
+    save_file(_plain(snapshot.trained), folder / TRAINED)
+    save_file(_plain(snapshot.optimizer), folder / OPTIMIZER)
+    save_file(random_state(), folder / RNG)
+    if snapshot.gradients:
+        save_file(_plain(snapshot.gradients), folder / GRADIENTS)
+        save_file(snapshot.random_at_start, folder / RNG_AT_START)
+    (folder / STATE).write_text(json.dumps(asdict(snapshot.state), indent=2))
+    sums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=2))
+    for path in [*folder.iterdir(), folder]:
+        _fsync(path)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, the oldest first. What was being written is not among them."""
-    return sorted(folder.glob("step-*"))
+    named = [(NAME.fullmatch(path.name), path) for path in folder.glob("step-*")]
+    places = [(int(found[1]), int(found[2] or 0), path) for found, path in named if found]
+    return [path for _, _, path in sorted(places)]
+
+
+def good_checkpoints(folder: Path) -> list[Path]:
+    """What the guard may go back to, the oldest first: the start, and checkpoints that were not
+    made after steps that it left out."""
+    saved = [*folder.glob(START), *complete_checkpoints(folder)]
+    return [path for path in saved if not read_state(path).guard.skipped_in_a_row]
+
+
+def set_damaged_aside(folder: Path) -> list[str]:
+    """Look through the checkpoints from the newest on, and rename each that is damaged so that it
+    no longer counts, until one is sound. Returns what was wrong, a sentence for each.
+
+    Raises UserError when none is sound although there are some.
+    """
+    _tidy(folder)
+    found, checkpoints = [], complete_checkpoints(folder)
+    for checkpoint in reversed(checkpoints):
+        if (problem := what_is_wrong(checkpoint)) is None:
+            break
+        found.append(problem)
+    if found and len(found) == len(checkpoints):
+        raise UserError(
+            f"{found[0]}, and no other checkpoint is sound; delete {folder} to start the run anew"
+        )
+    for checkpoint in checkpoints[len(checkpoints) - len(found) :]:
+        aside = checkpoint.with_name(f"{DAMAGED}{checkpoint.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.rename(aside)
+    return found
+
+
+def _tidy(folder: Path) -> None:
+    """Bring back what a killed process was replacing, and delete what it was writing or deleting.
+    The run's lock must be held."""
+    for old in folder.glob(".step-*.old"):
+        put_back(old.with_name(old.name.removeprefix(".").removesuffix(".old")))
+    for left in folder.glob(".step-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def what_is_wrong(folder: Path) -> str | None:
+    """Why a checkpoint cannot be used: a file is missing, or has not its checksum. None if it
+    can."""
+    try:
+        sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        if not isinstance(sums, dict) or not {TRAINED, OPTIMIZER, RNG, STATE} <= sums.keys():
+            return f"the checkpoint {folder} cannot be read: {CHECKSUMS} does not name its files"
+        for name, digest in sums.items():
+            if Path(name).name != name:
+                return f"the checkpoint {folder} cannot be read: {CHECKSUMS} names {name!r}"
+            if _sha256(folder / name) != digest:
+                return f"{folder / name} is damaged (its checksum is wrong)"
+        read_state(folder)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"the checkpoint {folder} cannot be read: {reason}"
+    return None
+
+
+def read_state(folder: Path) -> LoopState:
+    """The state of a checkpoint, unproven. Raises OSError, ValueError or TypeError."""
+    return LoopState.from_dict(json.loads((folder / STATE).read_text(encoding="utf-8")))
+
+
+_UNREADABLE = (SafetensorError, LookupError, ValueError, TypeError, RuntimeError, ArithmeticError)
 
 
 def load_checkpoint(folder: Path) -> Snapshot:
@@ -94,19 +225,31 @@ def load_checkpoint(folder: Path) -> Snapshot:
 
     Raises UserError when a file is missing or does not have its checksum.
     """
+    if problem := what_is_wrong(folder):
+        raise UserError(f"{problem}; delete {folder} to resume from the checkpoint before it")
     try:
-        sums = json.loads((folder / CHECKSUMS).read_text())
-        damaged = [name for name, digest in sums.items() if _sha256(folder / name) != digest]
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"the checkpoint {folder} cannot be read: {error}") from None
-    if damaged:
-        raise UserError(
-            f"{folder / damaged[0]} is damaged (its checksum is wrong); delete {folder} to resume "
-            "from the checkpoint before it"
+        partial, before = folder / GRADIENTS, folder / RNG_AT_START
+        if before.exists():
+            restore_random_state(load_file(before))  # so that it is known to be one
+        restore_random_state(load_file(folder / RNG))
+        return Snapshot(
+            read_state(folder),
+            load_file(folder / TRAINED),
+            load_file(folder / OPTIMIZER),
+            load_file(partial) if partial.exists() else {},
+            load_file(before) if before.exists() else {},
         )
-    restore_random_state(load_file(folder / RNG))
-    state = LoopState(**json.loads((folder / STATE).read_text()))
-    return Snapshot(state, load_file(folder / TRAINED), load_file(folder / OPTIMIZER))
+    except _UNREADABLE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the checkpoint {folder} cannot be read: {reason}") from None
+
+
+def forget_after(folder: Path, checkpoint: Path) -> None:
+    """Delete the checkpoints that are newer than `checkpoint`."""
+    every = complete_checkpoints(folder)
+    after = every.index(checkpoint) + 1 if checkpoint in every else 0
+    for newer in every[after:]:
+        remove(newer)
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

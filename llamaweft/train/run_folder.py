@@ -21,6 +21,7 @@ class RunFolder:
         self.audit = root / "audit.json"
         self.plan = root / "plan.json"
         self.metrics = root / "metrics.jsonl"
+        self.quarantine = root / "quarantine.jsonl"
         self.checkpoints = root / "checkpoints"
         self.adapter = root / "adapter"
         self.model = root / "model"
@@ -41,6 +42,11 @@ class RunFolder:
             for line in [*kept, {"step": step, "answers": answers}]
         )
         write_text(self.general_answers, text)
+
+    @property
+    def growing(self) -> list[Path]:
+        """Files that have a checksum once the run is over."""
+        return [self.metrics, self.quarantine, self.general_answers, self.evaluation]
 
     @property
     def holds_run(self) -> bool:
@@ -89,11 +95,40 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; none where there is no file."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
+    """The objects of a file of JSON lines; none where there is no file. A last line that a crash
+    cut short is left out. Raises UserError for any other that is damaged."""
+    text = text_of(path) if path.exists() else ""
+    lines = []
+    for number, line in enumerate(text.splitlines(keepends=True), start=1):
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            if not line.endswith("\n"):
+                break
+            raise UserError(
+                f"{path} line {number} is damaged: it is no JSON; remove the line, or take the "
+                "file from a copy"
+            ) from None
+    return lines
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """The object in a JSON file; empty where there is no file. Raises UserError where it is
+    damaged."""
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(text_of(path))
+    except json.JSONDecodeError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object; take it from a copy")
+    return content
+
+
+def text_of(path: Path) -> str:
+    """The text of a file. Raises UserError where it is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is damaged: it is no UTF-8; take it from a copy") from None

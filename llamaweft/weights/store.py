@@ -31,6 +31,7 @@ DATA, INDEX = "weights.safetensors", "store.json"
 SAFETENSORS_DTYPES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
+    torch.float16: "F16",
     torch.uint8: "U8",
     torch.int8: "I8",
 }
@@ -76,8 +77,13 @@ class Store:
             places = {k: (8 + length + v["data_offsets"][0], v) for k, v in header.items()}
             for name, entry in self.index["tensors"].items():
                 for part, want in layout(entry["codec"], tuple(entry["shape"]), name).items():
-                    found = places[f"{name}.{part}"][1]
-                    if tuple(found["shape"]) != want.shape:
+                    offset, found = places[f"{name}.{part}"]
+                    start, end = found["data_offsets"]
+                    fits = 0 <= start <= end and offset + end - start <= len(self._map)
+                    alike = tuple(found["shape"]) == want.shape and end - start == want.nbytes
+                    named = SAFETENSORS_DTYPES[want.dtype] == found["dtype"]
+                    checked = isinstance(entry["checksums"][part], str)
+                    if not (fits and alike and named and checked):
                         raise ValueError(name)
         except (ValueError, KeyError, TypeError, UnicodeDecodeError):
             raise DamagedStoreError(

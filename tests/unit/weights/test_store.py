@@ -99,6 +99,26 @@ def test_a_store_cut_short_of_another_version_or_without_header_is_refused(store
         Store(store)
 
 
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("store.json", b'"checksums"', b'"chgcksums"'),
+        ("store.json", b'"codes": "', b'"codgs": "'),
+        ("weights.safetensors", b'"dtype": "U8"', b'"dtype": "I8"'),
+        ("weights.safetensors", b'"data_offsets"', b'"data_offsgts"'),
+        ("weights.safetensors", b'"data_offsets": [0,', b'"data_offsets": [8,'),
+    ],
+)
+def test_a_list_with_a_flipped_bit_is_found_at_the_opening(
+    store: Path, file: str, old: bytes, new: bytes
+) -> None:
+    content = (store / file).read_bytes()
+    assert old in content
+    (store / file).write_bytes(content.replace(old, new, 1))
+    with pytest.raises(DamagedStoreError, match="does not have the header"):
+        Store(store)
+
+
 def test_the_cache_makes_a_damaged_or_outdated_store_again(tiny_folder: Path, tmp_path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder, folder)
