@@ -39,7 +39,7 @@ def llama3_folder(work: Path, layers: int) -> Path:
     if folder.exists():
         return folder
     config = replace(PRESETS["llama3-8b"], num_hidden_layers=layers)
-    tokenizer = load_tokenizer(_llama3_tokenizer())
+    tokenizer = load_tokenizer(llama3_tokenizer())
     with written_aside(folder) as aside:
         write_model(
             aside,
@@ -57,11 +57,12 @@ def llama3_store(work: Path, codec: str, preset: str = "llama3-8b") -> Path:
     5 GB), which llamaweft alone opens. Raises UserError as `llama3_folder`."""
     folder = work / f"{preset}-{codec}"
     if not folder.exists():
-        init_random(preset, folder, str(_llama3_tokenizer()), codec, SEED)
+        init_random(preset, folder, str(llama3_tokenizer()), codec, SEED)
     return folder
 
 
-def _llama3_tokenizer() -> Path:
+def llama3_tokenizer() -> Path:
+    """Meta's tokenizer.model. Raises UserError when llama-models is not installed."""
     spec = find_spec("llama_models")
     if spec is None or spec.origin is None:
         raise UserError("llama-models is not installed; run `make bench`, which installs it")

@@ -11,35 +11,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from llamaweft.adapters.folder import CONFIG, load_adapter_state, read_adapter, save_adapter
+from llamaweft.adapters.folder import (
+    CONFIG,
+    base_revision,
+    load_adapter_state,
+    read_adapter,
+)
 from llamaweft.adapters.lora import inject
 from llamaweft.adapters.whole import train_whole
-from llamaweft.data.chat import stop_ids
 from llamaweft.data.example import Example
+from llamaweft.data.sources import PlainSource
 from llamaweft.data.targets import HEAD_TASKS
 from llamaweft.errors import RunError, UserError
 from llamaweft.evaluate.evaluator import Progress, side_by_side
-from llamaweft.export.hf import export_merged
-from llamaweft.export.parity import Parity, auto_class, verify_adapter, verify_merged
+from llamaweft.export.parity import Parity
+from llamaweft.exports import Export, Wanted
 from llamaweft.files import written_aside
-from llamaweft.model.folder import base_name, find_folder
+from llamaweft.model.folder import find_folder
 from llamaweft.model.head_config import HEAD_NAMES
 from llamaweft.model.llama import LlamaForCausalLM, LlamaWithHead, Model
-from llamaweft.model.stores import own_codec
 from llamaweft.model.tokenizer import load_tokenizer
 from llamaweft.pieces.given import adapter_tokens
 from llamaweft.pipeline import Pipeline, open_run
 from llamaweft.recipe import Recipe
-from llamaweft.settings import Evaluation, NewToken, Rows, fitting_metric, known_metric
+from llamaweft.settings import Evaluation, NewToken, fitting_metric, known_metric
 from llamaweft.train.run_folder import write_json
 
 SYSTEM_ROWS = 1000
 """The system message that so many rows begin with is the usual one."""
-
-PARITY_TOKENS = 512
-"""An export is proven on documents of at most so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,9 @@ def open_subject(name: str, settings: Recipe | None = None) -> Subject:
                 f"{name} holds a head beside the adapter, and not what its outputs mean; give the "
                 "run folder that it is in"
             )
-        pipeline = Pipeline(_with_model(settings, base, adapter_tokens(Path(name))))
+        revision = None if Path(base).exists() else base_revision(Path(name))
+        recipe = _with_model(settings, base, adapter_tokens(Path(name)), revision)
+        pipeline = Pipeline(recipe)
         pipeline.check_whole(config, f"the adapter {name}")
         model = pipeline.load_frozen(trained=config.modules_to_save)
         inject(model, config)
@@ -122,20 +123,26 @@ def open_subject(name: str, settings: Recipe | None = None) -> Subject:
 
 
 def _with_model(
-    settings: Recipe | None, model: str, tokens: Sequence[tuple[str, bool]] | None = None
+    settings: Recipe | None,
+    model: str,
+    tokens: Sequence[tuple[str, bool]] | None = None,
+    revision: str | None = None,
 ) -> Recipe:
     """The settings for another model. tokens: that it gets beside its own; None: those of the
-    settings that it lacks."""
+    settings that it lacks. revision: of a model of the hub, where it is not that of the
+    settings."""
     if settings is None:
         settings = Recipe.validate_tree({"model": model, "data": {"train": "not read"}})
+    if revision is None and settings.model == model:
+        revision = settings.model_revision
     new = settings.data.new_tokens
     if tokens is not None:
         new = [NewToken(token=text, special=special) for text, special in tokens]
     elif new:
-        known = load_tokenizer(find_folder(model)).get_vocab()
+        known = load_tokenizer(find_folder(model, revision)).get_vocab()
         new = [token for token in new if token.token not in known]
     data = settings.data.model_copy(update={"new_tokens": new})
-    return settings.model_copy(update={"model": model, "data": data})
+    return settings.model_copy(update={"model": model, "model_revision": revision, "data": data})
 
 
 def compare_subjects(
@@ -193,67 +200,42 @@ def compare_subjects(
 
 def _rows(pipeline: Pipeline, data: str | None) -> Sequence[Example]:
     if data is not None:
-        return pipeline.preparation.read(Rows(path=data))
+        return pipeline.preparation.read(PlainSource(data))
     if not pipeline.data.validation:
         raise UserError("the recipe holds no rows out (data.validation: null); give --data")
     return pipeline.data.validation
 
 
-def export_run(run: Path, to: str, output: Path, *, verify: bool = True) -> Parity | None:
-    """Write the trained model of a run for other programs: `to` is hf (one merged folder) or peft.
+def export_run(
+    run: Path,
+    to: str,
+    output: Path,
+    *,
+    verify: bool = True,
+    merge_into: str = "auto",
+    quantization: str | None = None,
+    say: Callable[[str], None] = lambda what: None,
+) -> Parity | None:
+    """Write the trained model of a run for other programs: `to` is hf (one merged folder), peft,
+    gguf, ollama, or head (a head alone).
 
-    With `verify` the export is opened by its consumer and compared with the live model.
-    Raises UserError for what is no run and for an output that is not empty, RunError when the
-    export answers differently; nothing is left then.
+    merge_into: original, dequantised, or auto: the original weights of the base model where they
+    are at hand. quantization: of a GGUF; None: q8_0. say: told what is merged into what. With
+    `verify` the export is opened by its consumer and compared (docs/export.md).
+    Raises UserError for what is no run, for an output that is not empty and for what cannot be
+    exported so, RunError when the export answers differently; nothing is left then.
     """
     pipeline = open_run(run)
     if pipeline is None:
         raise UserError(f"{run} is no run folder: it has no recipe.yaml")
-    if to == "peft" and pipeline.lora is None:
-        raise UserError("this run trained the model itself and no adapter; export --to hf")
-    model = pipeline.trained_model()
+    wanted = Wanted(to, merge_into, quantization, verify)
     with written_aside(output) as aside:
-        parity = _export(pipeline, model, to, aside, verify)
+        parity = Export(pipeline, wanted, run.resolve().name, say).write(aside)
         if parity is not None:
             write_json(aside / "parity.json", parity.to_dict())
             if not parity.passed:
                 raise RunError(
-                    f"the export answers differently from the trained model (the logits differ by "
-                    f"{parity.relative_difference:.1e}, allowed is {parity.tolerance:.0e}); "
+                    f"the export answers differently from {parity.compared_with} ({parity.why}); "
                     "nothing was written"
                 )
     return parity
-
-
-def _export(pipeline: Pipeline, model: Model, to: str, folder: Path, verify: bool) -> Parity | None:
-    tokenizer = pipeline.tokenizer
-    if to == "peft":
-        if auto_class(model) == "AutoModelForQuestionAnswering":
-            raise UserError(
-                "transformers does not find a base model's weights under a head for question "
-                "answering, so this adapter could not be opened; export --to hf"
-            )
-        assert pipeline.lora is not None
-        if own_codec(pipeline.model_folder) is not None and verify:
-            raise UserError(
-                f"{pipeline.model_folder} holds its weights in a store, which peft does not open, "
-                "so the export cannot be proven; give --no-verify, or export --to hf"
-            )
-        base = base_name(pipeline.recipe.model, pipeline.model_folder)
-        save_adapter(model, pipeline.lora, base, folder)
-        tokenizer.save_pretrained(folder)
-        if verify:
-            return verify_adapter(
-                model, folder, base, pipeline.base_weights, parity_prompts(pipeline)
-            )
-        return None
-    dtype = "fp32" if pipeline.base_weights == "fp32" else "bf16"
-    export_merged(model, tokenizer, folder, dtype, stop_ids(tokenizer))
-    return verify_merged(model, folder, dtype, parity_prompts(pipeline)) if verify else None
-
-
-def parity_prompts(pipeline: Pipeline, count: int = 4) -> list[np.ndarray]:
-    """Token ids of a few held-out documents (training ones where none are held out)."""
-    documents = pipeline.data.validation_documents or pipeline.data.documents
-    texts = [text for document in documents[:count] for text in document.texts]
-    return [ids[:PARITY_TOKENS] for ids in texts[:count]]

@@ -87,8 +87,11 @@ class LoraLinear(nn.Module):
 
     def merged(self) -> Tensor:
         """w_OI + scaling * B A, in fp32."""
-        update = self.scaling * (self.lora_B @ self.lora_A).detach().float()
-        return self.base_layer.dequantised() + update  # may be the mapped weights themselves
+        return self.merged_rows(self.base_layer.dequantised(), slice(None))
+
+    def merged_rows(self, base_NI: Tensor, rows: slice) -> Tensor:
+        """Rows of `merged`, in new memory, from those of the base."""
+        return base_NI + self.scaling * (self.lora_B[rows] @ self.lora_A).detach().float()
 
 
 class DoraLinear(LoraLinear):
@@ -127,9 +130,15 @@ class DoraLinear(LoraLinear):
             x_TI, self.lora_A, self.lora_B, magnitude_O, weight, self.scaling, self.norm(), (given,)
         )
 
-    def merged(self) -> Tensor:
-        """m / n * (w_OI + scaling * B A), in fp32."""
-        return super().merged() * factors(self.lora_magnitude_vector, self.norm())[:, None]
+    def merged_rows(self, base_NI: Tensor, rows: slice) -> Tensor:
+        """Rows of m / n * (w_OI + scaling * B A)."""
+        factor_N = factors(self.lora_magnitude_vector[rows], self.norm()[rows])
+        return super().merged_rows(base_NI, rows) * factor_N[:, None]
+
+    def take_norms(self) -> None:
+        """Take the norms of the base's rows anew, once another base is held."""
+        assert isinstance(self.base_layer.weight, FrozenWeight)
+        self.base_squares_O, self._norm = self.base_layer.weight.row_squares(), None
 
 
 class PissaLinear(LoraLinear):
@@ -178,10 +187,10 @@ class PissaLinear(LoraLinear):
             x_TI, self.lora_A, self.lora_B, *initial, weight, self.scaling, (given,)
         )
 
-    def merged(self) -> Tensor:
-        """w_OI + scaling * (B A - B0 A0), in fp32."""
+    def merged_rows(self, base_NI: Tensor, rows: slice) -> Tensor:
+        """Rows of w_OI + scaling * (B A - B0 A0)."""
         a_SI, b_OS = difference(self.lora_A, self.lora_B, self.initial_A, self.initial_B)
-        return self.base_layer.dequantised() + self.scaling * (b_OS @ a_SI)
+        return base_NI + self.scaling * (b_OS[rows] @ a_SI)
 
 
 class _LoraProduct(torch.autograd.Function):
