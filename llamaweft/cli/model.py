@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from llamaweft.cli.terminal import JsonFlag, counted, facts, out, print_json
 from llamaweft.errors import UserError
@@ -35,25 +36,38 @@ def init(
     with counted("writing tensors") as progress:
         config = init_random(preset, folder, tokenizer, base_weights, seed, progress)
     content = {"folder": str(folder), "preset": preset, **config.to_dict()}
-    print_json(content) if json_output else out.print(f"wrote {folder}")
+    print_json(content) if json_output else out.print(escape(f"wrote {folder}"))
 
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A .gguf file.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A .gguf file, Meta's folder (consolidated.*.pth), or a folder with "
+            "pytorch_model.bin."
+        ),
+    ],
     folder: Annotated[Path, typer.Argument(help="The folder to write; new or empty.")],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Of Meta's folder, where none is in it: hub id, folder or file."),
+    ] = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """A GGUF file as a Hugging Face folder."""
-    from llamaweft.model.gguf import convert_gguf
+    """A model in another form as a Hugging Face folder of safetensors."""
+    from llamaweft.model.convert import convert as write
 
-    convert_gguf(source, folder)
-    print_json({"folder": str(folder)}) if json_output else out.print(f"wrote {folder}")
+    write(source, folder, tokenizer)
+    print_json({"folder": str(folder)}) if json_output else out.print(escape(f"wrote {folder}"))
 
 
 @app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="Folder, hub id, .gguf or builtin model.")],
+    revision: Annotated[
+        str | None, typer.Option(help="Commit, tag or branch of a hub model.")
+    ] = None,
     json_output: JsonFlag = False,
 ) -> None:
     """What is in a model folder: shape, parameters, dtype, tokenizer."""
@@ -62,7 +76,7 @@ def inspect(
     from llamaweft.model.stores import own_codec
     from llamaweft.model.tokenizer import load_tokenizer
 
-    folder = find_folder(model)
+    folder = find_folder(model, revision)
     config = read_config(folder)
     tokenizer = load_tokenizer(folder)
     codec = own_codec(folder)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from llamaweft.errors import UserError
-from llamaweft.model.builtin import BUILTIN, builtin_folder
-from llamaweft.model.gguf import convert_gguf
+from llamaweft.model.builtin import builtin_folder
 from llamaweft.model.presets import LlamaConfig
-from llamaweft.runtime import cache_dir
 
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """What weights are read from: safetensors' name of a dtype -> torch's."""
@@ -25,62 +22,57 @@ DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _NOT_WEIGHTS = ("rotary_emb.inv_freq",)
 
 
-def find_folder(name: str) -> Path:
-    """The Hugging Face folder behind what a recipe calls `model`.
+def find_folder(name: str, revision: str | None = None, *, store_codec: str | None = None) -> Path:
+    """The Hugging Face folder behind what a recipe calls `model`: what `locate` finds, converted.
 
-    A folder is itself; `builtin:` models and .gguf files are converted once into the cache; else
-    the name is a hub id and is downloaded. Raises UserError when there is no such model.
+    Raises UserError when there is no such model or it cannot be converted.
     """
-    if name.startswith("builtin:"):
-        return builtin_folder(name)
+    return usable(locate(name, revision, store_codec=store_codec))
+
+
+def locate(name: str, revision: str | None = None, *, store_codec: str | None = None) -> Path:
+    """The file or folder that a model's name stands for.
+
+    A .gguf file and a folder are themselves, a `builtin:` model is converted once into the cache;
+    else the name is a hub id and is downloaded. revision: the commit, tag or branch of a model of
+    the hub. store_codec: what its weights will be held in, for which there must be room beside the
+    download. Raises UserError when there is no such model, and as `downloaded`.
+    """
+    if not _is_here(name):
+        from llamaweft.model.hub import downloaded  # slow to import
+
+        return downloaded(name, revision, store_codec)
+    if revision is not None:
+        raise UserError(
+            f"model_revision: {revision} is for models of the hub, and {name} is none; remove it"
+        )
+    return builtin_folder(name) if name.startswith("builtin:") else Path(name)
+
+
+def usable(located: Path) -> Path:
+    """A Hugging Face folder of safetensors: itself, or of other forms what they are converted to,
+    once, in the cache. Raises UserError as `convert`."""
+    from llamaweft.model.convert import converted, form_of  # slow to import
+
+    return located if form_of(located) is None else converted(located)
+
+
+def _is_here(name: str) -> bool:
+    """Whether a name is no hub id. Raises UserError for a path at which there is nothing."""
     path = Path(name)
-    if path.suffix == ".gguf":
-        return _converted(path)
-    if path.is_dir():
-        return path
+    if name.startswith("builtin:") or path.suffix == ".gguf" or path.is_dir():
+        return True
     if path.exists():
         raise UserError(f"the model {name} is a file that is no .gguf; give a folder or a hub id")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"there is no model folder {name}; check the path in the recipe")
-    return _downloaded(name)
+    return False
 
 
 def base_name(model: str, folder: Path) -> str:
     """What an adapter calls its base: an absolute path, or the hub id."""
     is_hub_id = not (model.startswith("builtin:") or Path(model).exists())
     return model if is_hub_id else str(folder.resolve())
-
-
-def _converted(path: Path) -> Path:
-    if not path.is_file():
-        raise UserError(f"there is no file {path}; check the path in the recipe")
-    facts = f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}"
-    digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
-    folder = cache_dir() / "models" / f"{path.stem}-{digest}"
-    if not folder.exists():
-        convert_gguf(path, folder)
-    return folder
-
-
-def _downloaded(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError
-
-    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except GatedRepoError:
-        raise UserError(
-            f"the model {name} needs its licence accepted: do so on its page of the hub, then log "
-            "in with `hf auth login`"
-        ) from None
-    except Exception as error:  # the hub's client raises many kinds for no network, no such id
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        builtin = ", ".join(BUILTIN)
-        raise UserError(
-            f"the model {name} is no folder here and cannot be fetched from the hub ({reason}); "
-            f"give a folder, a .gguf file or {builtin}"
-        ) from None
 
 
 def read_config(folder: Path) -> LlamaConfig:
@@ -90,7 +82,7 @@ def read_config(folder: Path) -> LlamaConfig:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder} is no model folder: it has no config.json") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is no object; take the model's own config.json")
@@ -110,6 +102,13 @@ class TensorFile:
     def read(self) -> Tensor:
         """All of it."""
         return next(iter(self.chunks(self.shape[0])))
+
+    def mapped(self) -> Tensor:
+        """All of it as the file's own pages, which take no memory of the process; for reading only.
+        Raises UserError for a damaged file."""
+        with _opened(self.path) as file:
+            found: Tensor = file.get_tensor(self.name)
+            return found
 
     @contextmanager
     def opened(self) -> Iterator[Callable[[int, int], Tensor]]:
@@ -131,17 +130,21 @@ def checked_tensors(folder: Path, model: nn.Module, config: LlamaConfig) -> Iter
     Raises UserError for one that is missing, left over, of another shape or another dtype.
     """
     missing = {name: parameter.shape for name, parameter in model.named_parameters()}
+    found: dict[str, Path] = {}
     for tensor in tensor_files(folder):
         name = tensor.name
+        if name in found:
+            raise UserError(
+                f"{tensor.path} holds {name}, and so does {found[name]}; take the model's own files"
+            )
+        found[name] = tensor.path
+        if is_no_weight(name, config):
+            continue
         expected = missing.pop(name, None)
         if expected is None:
-            if name.endswith(_NOT_WEIGHTS) or (
-                name == "lm_head.weight" and config.tie_word_embeddings
-            ):
-                continue
             raise UserError(
                 f"{tensor.path} holds {name}, which a {config.num_hidden_layers}-layer "
-                "Llama does not have (or twice); take the model's own files"
+                "Llama does not have; take the model's own files"
             )
         if tensor.shape != expected:
             raise UserError(
@@ -156,6 +159,11 @@ def checked_tensors(folder: Path, model: nn.Module, config: LlamaConfig) -> Iter
         )
 
 
+def is_no_weight(name: str, config: LlamaConfig) -> bool:
+    """Whether a file may hold this beside the weights: it says again what is known without it."""
+    return name.endswith(_NOT_WEIGHTS) or (name == "lm_head.weight" and config.tie_word_embeddings)
+
+
 def tensor_files(folder: Path) -> Iterator[TensorFile]:
     """Every tensor of a folder of safetensors, unread.
 
@@ -164,6 +172,11 @@ def tensor_files(folder: Path) -> Iterator[TensorFile]:
     for path in shards(folder):
         with _opened(path) as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
+                if not name.isprintable():
+                    raise UserError(
+                        f"{path} holds the name {name[:80]!r}, which cannot be shown; take the "
+                        "model's own files"
+                    )
                 part = file.get_slice(name)
                 dtype = part.get_dtype()
                 if dtype not in DTYPE_NAMES:
@@ -176,30 +189,50 @@ def tensor_files(folder: Path) -> Iterator[TensorFile]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
+    damaged = "is cut short or damaged"
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
+        opened = safe_open(path, framework="pt")
     except FileNotFoundError:
         raise UserError(f"{path} is missing; download the model again") from None
     except SafetensorError as error:
-        raise UserError(f"{path} is cut short or damaged ({error}); download it again") from None
+        raise UserError(f"{path} {damaged} ({error}); download it again") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); download it again") from None
+    try:
+        with opened as file:
+            yield file
+    except SafetensorError as error:
+        raise UserError(f"{path} {damaged} ({error}); download it again") from None
 
 
 def shards(folder: Path) -> list[Path]:
     """The safetensors files of a model folder. Raises UserError where one is missing."""
     index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        if not (folder / "model.safetensors").exists():
-            raise UserError(f"{folder} holds no model.safetensors; download the model again")
-        return [folder / "model.safetensors"]
+    if index.exists():
+        return indexed_files(index, ".safetensors")
+    if not (folder / "model.safetensors").exists():
+        raise UserError(f"{folder} holds no model.safetensors; download the model again")
+    return [folder / "model.safetensors"]
+
+
+def indexed_files(index: Path, ending: str) -> list[Path]:
+    """The files that the index of a model in several files names, which end in `ending`.
+
+    Raises UserError for an index that cannot be read, that names a file of another kind or one
+    outside its folder, and for a file that is missing.
+    """
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{index} cannot be read; download the model again") from None
+    if not names:
+        raise UserError(f"{index} names no file; download the model again")
     for name in names:
-        if Path(name).name != name:
-            raise UserError(f"{index} names a file outside its folder: {name}")
-        if not (folder / name).exists():
-            raise UserError(f"{folder / name} is missing; download the model again")
-    return [folder / name for name in names]
+        if not isinstance(name, str) or not name.endswith(ending):
+            raise UserError(f"{index} names {name!r}, which is no {ending} file; take another")
+        # A name that stays one on every system: Windows has more marks for folders.
+        if PureWindowsPath(name).name != name:
+            raise UserError(f"{index} names a file outside its folder: {name}; take another")
+        if not (index.parent / name).exists():
+            raise UserError(f"{index.parent / name} is missing; download the model again")
+    return [index.parent / name for name in names]

@@ -6,10 +6,11 @@ numbers of each quantisation as the `gguf` library reads them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,10 +21,13 @@ from gguf.quants import dequantize
 from llamaweft.errors import UserError
 from llamaweft.files import written_aside
 from llamaweft.model.gguf_config import gguf_config
+from llamaweft.model.gguf_header import check_header
 from llamaweft.model.gguf_tokenizer import save_gguf_tokenizer
 from llamaweft.model.presets import LlamaConfig
 from llamaweft.model.save import write_model
 from llamaweft.runtime import DTYPES
+
+Rows = TypeVar("Rows", np.ndarray, torch.Tensor)
 
 Reading = tuple[str, Callable[[], np.ndarray]]
 """A tensor's Hugging Face name, and what reads it."""
@@ -58,17 +62,39 @@ def convert_gguf(path: Path, folder: Path, dtype: str = "fp32") -> None:
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is unknown: give one of {', '.join(DTYPES)}.")
     with written_aside(folder) as aside:
-        reader = _open(path)
-        config = gguf_config(reader, path)
-        readings = _tensors(reader, config, path)
+        with _sensible(path):
+            reader = _open(path)
+            config = gguf_config(reader, path)
+            readings = _tensors(reader, config, path)
+
+        def save_tokenizer(target: Path) -> None:
+            with _sensible(path):
+                save_gguf_tokenizer(reader, path, target, config.vocab_size)
+
         write_model(
             aside,
             config,
             ((name, torch.from_numpy(read())) for name, read in readings),
-            lambda target: save_gguf_tokenizer(reader, path, target, config.vocab_size),
+            save_tokenizer,
             dtype=DTYPES[dtype],
             stop_ids=config.stop_ids,
         )
+
+
+@contextmanager
+def _sensible(path: Path) -> Iterator[None]:
+    """One sentence for metadata that makes no sense, as of a wrong type or a token that is not
+    there, which ends in whatever the libraries do with it."""
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise UserError(
+            f"{path}: its metadata makes no sense ({type(error).__name__}: {reason}): "
+            "download it again, or give the model's Hugging Face folder."
+        ) from None
 
 
 def _open(path: Path) -> GGUFReader:
@@ -79,6 +105,7 @@ def _open(path: Path) -> GGUFReader:
         raise UserError(f"{path}: cannot be read ({error.strerror}): name a .gguf file.") from None
     if magic != GGUF_MAGIC.to_bytes(4, "little"):
         raise UserError(f"{path}: is not a GGUF file: name a .gguf file.")
+    check_header(path)
     try:
         return GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError) as error:
@@ -165,10 +192,10 @@ def _read(tensor: Any, name: str, config: LlamaConfig, path: Path) -> np.ndarray
     return np.array(values, dtype=np.float32)
 
 
-def split_halves(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Undo llama.cpp's order of the query and key rows.
+def split_halves(rows: Rows, heads: int) -> Rows:
+    """From llama.cpp's and Meta's order of the query and key rows to Hugging Face's.
 
-    llama.cpp turns neighbouring rows (2i, 2i + 1) of a head, Hugging Face rows (i, i + D/2);
+    They turn neighbouring rows (2i, 2i + 1) of a head, Hugging Face rows (i, i + D/2);
     `LlamaModel.permute` of convert_hf_to_gguf.py went the other way.
     """
     pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])

@@ -33,6 +33,9 @@ LLAMA3_SPLIT = "|".join(
         r"\s+",
     ]
 )
+ADDED = (TokenType.CONTROL, TokenType.USER_DEFINED)
+MAX_ADDED = 4096
+"""Tokens found in a text before it is cut; each makes finding slower. Llama 3 has 256."""
 SAMPLE = "  Hello,\tworld!  x = 1234567;\n\n\n    don't  12 héllo 你好 🙂\r\nend "
 
 
@@ -44,12 +47,19 @@ def save_gguf_tokenizer(reader: GGUFReader, path: Path, folder: Path, vocab_size
     begin, end and padding token, a control token that is not one id, or a text with other ids.
     """
     kind = _contents(reader, "model")
+    if sum(token in ADDED for token in _contents(reader, "token_type") or ()) > MAX_ADDED:
+        raise UserError(
+            f"{path}: more than {MAX_ADDED} tokens are control tokens or words of their own: "
+            "give the model's Hugging Face folder."
+        )
     tokenizer: Any
     if kind == "gpt2":
         tokenizer = _byte_level(reader, path)
     elif kind == "llama":
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            tokenizer = AutoTokenizer.from_pretrained(
+                path.parent, gguf_file=path.name, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"{path}: the tokenizer inside cannot be read ({error}): "
@@ -89,10 +99,10 @@ def _byte_level(reader: GGUFReader, path: Path) -> PreTrainedTokenizerFast:
             ignore_merges=cut in LLAMA3,
         )
     )
-    backend.pre_tokenizer = _pre_tokenizer(cut, path)
+    backend.pre_tokenizer = pre_tokenizer(cut, path)
     backend.decoder = decoders.ByteLevel()
     for token, kind in zip(tokens, types, strict=True):
-        if kind in (TokenType.CONTROL, TokenType.USER_DEFINED):
+        if kind in ADDED:
             added = AddedToken(token, normalized=False, special=kind == TokenType.CONTROL)
             backend.add_special_tokens([added]) if added.special else backend.add_tokens([added])
     ids = {name: _contents(reader, f"{name}_token_id") for name in ("bos", "eos", "unknown")}
@@ -112,7 +122,8 @@ def _byte_level(reader: GGUFReader, path: Path) -> PreTrainedTokenizerFast:
     )
 
 
-def _pre_tokenizer(cut: str, path: Path) -> Any:
+def pre_tokenizer(cut: str, path: Path) -> Any:
+    """How text is cut before the merges, by llama.cpp's name. Raises UserError for another."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=cut not in LLAMA3)
     if cut in PLAIN:
         return byte_level
@@ -148,7 +159,7 @@ def _name_class(path: Path) -> None:
 
 
 def _verify(tokenizer: Any, reader: GGUFReader, path: Path, folder: Path, vocab_size: int) -> None:
-    saved = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    saved = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     template = reader.get_field("tokenizer.chat_template")
     checks = {
         "chat template": (saved.chat_template, template.contents() if template else None),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llamaweft.errors import UserError
+from llamaweft.files import check_recorded
 from llamaweft.model.folder import TensorFile, checked_tensors, read_config, tensor_files
 from llamaweft.model.llama import LlamaForCausalLM, empty_causal_lm
 from llamaweft.model.stores import open_store, own_codec
@@ -54,6 +55,7 @@ def load_causal_lm(
 
 
 def _trained_causal_lm(folder: Path, device: torch.device | str) -> LlamaForCausalLM:
+    check_recorded(folder)  # where it is what a run trained
     config = read_config(folder)
     model = empty_causal_lm(config)
     for tensor in checked_tensors(folder, model, config):

@@ -5,6 +5,7 @@ No torch here: the planner and `--help` read shapes without loading it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ ROPE_KEYS = {
         "original_max_position_embeddings",
     ),
 }
+MAX_LAYERS = 4096
+"""Far more than any model has; a file that claims more would be built for hours."""
 # What would change the maths and is not built: the key, and the values that leave it unchanged.
 UNCHANGED = {
     "hidden_act": ("silu",),
@@ -110,12 +113,18 @@ class LlamaConfig:
                 f"{where}: head_dim {head_dim} is odd, but rotary positions turn pairs: "
                 "give an even head_dim."
             )
+        layers = _integer(data, "num_hidden_layers", where)
+        if layers > MAX_LAYERS:
+            raise UserError(
+                f"{where}: num_hidden_layers is {layers}, but no more than {MAX_LAYERS} are built: "
+                "take the model's own config."
+            )
         rope_theta, rope_scaling = _rope(data, where)
         return cls(
             vocab_size=_integer(data, "vocab_size", where),
             hidden_size=hidden_size,
             intermediate_size=_integer(data, "intermediate_size", where),
-            num_hidden_layers=_integer(data, "num_hidden_layers", where),
+            num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             rms_norm_eps=_number(data, "rms_norm_eps", where),
@@ -185,8 +194,10 @@ def _integer(data: dict[str, Any], key: str, where: str, default: int | None = N
     if data.get(key) is None and default is not None:
         return default
     value = _required(data, key, where)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{where}: {key} is {value!r}, but must be a whole number above zero.")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+        raise UserError(
+            f"{where}: {key} is {str(value)[:80]!r}, but must be a whole number above zero."
+        )
     return value
 
 
@@ -194,8 +205,9 @@ def _number(data: dict[str, Any], key: str, where: str, default: float | None = 
     if data.get(key) is None and default is not None:
         return default
     value = _required(data, key, where)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise UserError(f"{where}: {key} is {value!r}, but must be a number above zero.")
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    if not plain or not math.isfinite(value) or not 0 < value < 1e12:
+        raise UserError(f"{where}: {key} is {str(value)[:80]!r}, but must be a number above zero.")
     return float(value)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from llamaweft.errors import UserError
-from llamaweft.files import locked
+from llamaweft.files import check_recorded, locked
 from llamaweft.model.folder import checked_tensors, read_config, shards
 from llamaweft.model.llama import empty_causal_lm
 from llamaweft.model.presets import LlamaConfig
@@ -84,6 +84,7 @@ def store_bytes(config: LlamaConfig, codec: str, without: Collection[str] = ()) 
 
 
 def _make(folder: Path, codec: str, target: Path) -> None:
+    check_recorded(folder)  # where it is what a run trained
     config = read_config(folder)
     sources = [
         Source(tensor.name, tensor.shape, tensor.chunks)

@@ -48,7 +48,7 @@ def load_tokenizer(name: str | Path) -> Any:
     Raises UserError when it cannot be loaded.
     """
     if str(name).startswith("builtin:"):
-        return _load(str(builtin_folder(str(name))), local=True)
+        return _load(builtin_folder(str(name)))
     path = Path(name).expanduser()
     if path.is_file():
         return meta_tokenizer(path)
@@ -56,13 +56,15 @@ def load_tokenizer(name: str | Path) -> Any:
         meta = path / "tokenizer.model"
         if meta.is_file() and not any((path / file).exists() for file in HUGGING_FACE_FILES):
             return meta_tokenizer(meta)
-        return _load(str(path), local=True)
+        return _load(path)
     if isinstance(name, Path) or path.is_absolute() or str(name).count("/") != 1:
         raise UserError(
             f"{name}: there is no such file or folder: give a hub id, a model folder, Meta's "
             "tokenizer.model or a builtin: name."
         )
-    return _load(str(name), local=False)
+    from llamaweft.model.hub import downloaded_tokenizer
+
+    return load_tokenizer(downloaded_tokenizer(str(name)))
 
 
 def chat_template(name: str) -> str:
@@ -93,13 +95,14 @@ def set_chat_template(tokenizer: Any, name: str) -> None:
     tokenizer.chat_template = text
 
 
-def _load(name: str, local: bool) -> Any:
-    if local and not any((Path(name) / file).exists() for file in HUGGING_FACE_FILES):
+def _load(name: Path) -> Any:
+    if not any((name / file).exists() for file in HUGGING_FACE_FILES):
         raise UserError(f"{name}: holds no tokenizer.json: add the model's tokenizer files.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            name, local_files_only=local, trust_remote_code=False, use_fast=True
+            str(name), local_files_only=True, trust_remote_code=False, use_fast=True
         )
+        tokenizer("a")  # what makes no sense in its config may show only when it is used
     except Exception as error:  # transformers raises what its many readers raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{name}: its tokenizer cannot be loaded ({reason}).") from None

@@ -43,6 +43,8 @@ def _embedding(folder: Path) -> FrozenWeight | TensorFile:
     found = next((tensor for tensor in tensor_files(folder) if tensor.name == EMBEDDING), None)
     if found is None:
         raise UserError(f"{folder} lacks the tensor {EMBEDDING}; download the model again")
+    if len(found.shape) != 2:
+        raise UserError(f"{found.path}: {EMBEDDING} is no matrix; download the model again")
     return found
 
 
