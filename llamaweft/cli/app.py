@@ -8,14 +8,17 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import traceback
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from llamaweft import __version__
 from llamaweft.errors import RunError, UserError
+from llamaweft.files import disk_is_full
+from llamaweft.shown import printable, redacted
 
 VERBS = {
     "demo": "The main job end to end, on the embedded model and data.",
@@ -23,12 +26,17 @@ VERBS = {
     "plan": "Memory, time and tokens of a run, before it starts.",
     "data": "Show rows as the model will see them, or audit them.",
     "train": "Run a recipe.",
+    "verify": "Prove on this machine what is promised.",
     "evaluate": "Measure a run or a model on held-out rows.",
     "chat": "Talk to a run or a model in the terminal.",
     "predict": "A file of prompts in, a file of answers out.",
     "export": "Write the trained model for other programs, with proof.",
     "model": "Make, convert or inspect a model folder.",
 }
+
+
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
+"""Errors of the system that no program can mend: no right to it, a read-only or a failing disk."""
 
 
 class VerbGroup(TyperGroup):
@@ -86,13 +94,22 @@ def main() -> None:
     except BrokenPipeError:  # `llamaweft ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        _fail(f"the disk is full ({error.filename or 'no space left'}); free some and --resume", 1)
+    except Exception as error:
+        where = getattr(error, "filename", None)
+        if disk_is_full(error):
+            _fail(f"the disk is full ({where or 'no space left'}); free some and --resume", 1)
+        if isinstance(error, OSError) and error.errno in REFUSED:
+            _fail(f"{where or 'a file'}: {error.strerror}", 1)
+        _tell_of_bug()
+
+
+def _tell_of_bug() -> NoReturn:
+    """The traceback of what should not have happened, without secrets."""
+    print(printable(redacted(traceback.format_exc())), file=sys.stderr)
+    sys.exit(1)
 
 
 def _fail(error: object, code: int) -> None:
     for line in str(error).splitlines():
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {printable(redacted(line))}", file=sys.stderr)
     sys.exit(code)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from llamaweft.cli.terminal import JsonFlag, err, print_json, say
+from llamaweft.shown import printable
 
 app = typer.Typer(add_completion=False)
 
@@ -78,7 +79,7 @@ def _answer(talk: Any, text: str, *, shown: bool) -> str:
         for part in talk.ask(text):
             parts.append(part)
             if shown:
-                typer.echo(part, nl=False)
+                typer.echo(printable(part), nl=False)
     except KeyboardInterrupt:
         talk.restart()
         say("stopped; the chat starts anew")

@@ -54,7 +54,7 @@ def print_plan(content: dict[str, Any]) -> None:
         "time": f"about {duration(content['total_seconds'])}, "
         f"{content['seconds_per_step']:.2f} s a step, {content['tokens_per_second']:.1f} tokens/s: "
         f"training alone ({', '.join(shares)})",
-        "speed": f"{content['speed']['product_flops'] / 1e9:,.0f} GFLOP/s in the base's products, "
+        "speed": f"{content['speed']['product_flops'] / 1e9:,.0f} GFLOP/s of the base's products, "
         f"{content['speed']['source']}",
     }
     if content["cost"] is not None:

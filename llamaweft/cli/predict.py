@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from llamaweft.cli.terminal import JsonFlag, counted, out, print_json, say
 
@@ -41,4 +42,5 @@ def predict(
             opened, rows, output, max_new_tokens=max_new_tokens, resume=resume, progress=progress
         )
     content = {"output": str(output), "answers": len(rows), "made_now": made}
-    print_json(content) if json_output else out.print(f"wrote {len(rows)} answers to {output}")
+    wrote = escape(f"wrote {len(rows)} answers to {output}")
+    print_json(content) if json_output else out.print(wrote)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -19,12 +19,33 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.table import Table
 
+from llamaweft.shown import printable, redacted
 from llamaweft.train.events import Ended, Event, Started, StepEnded, Validated
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+
+class SafeConsole(Console):
+    """Shows what data holds as text: no control character of it reaches the terminal."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            if segment.control:  # rich's own
+                yield segment
+            else:
+                yield Segment(printable(segment.text), segment.style)
+
+
+out = SafeConsole(highlight=False)
+err = SafeConsole(stderr=True, highlight=False)
+
+_IN_JSON = {
+    code: f"\\u{code:04x}"
+    for code in (*range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+}
 
 JsonFlag = Annotated[
     bool, typer.Option("--json", help="One JSON document on stdout, all else on stderr.")
@@ -32,18 +53,21 @@ JsonFlag = Annotated[
 
 
 def print_json(content: Any) -> None:
-    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+    typer.echo(json.dumps(content, indent=2, ensure_ascii=False).translate(_IN_JSON))
 
 
 def say(text: str) -> None:
     """A line about what is going on."""
-    err.print(f"[dim]{escape(text)}[/dim]")
+    err.print(f"[dim]{escape(redacted(text))}[/dim]")
 
 
 def table(title: str, *columns: str) -> Table:
-    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    """Title and columns may be names of a user's own; they are no markup."""
+    made = Table(
+        title=escape(title), title_justify="left", title_style="bold", box=None, pad_edge=False
+    )
     for column in columns:
-        made.add_column(column, overflow="fold")
+        made.add_column(escape(column), overflow="fold")
     return made
 
 
@@ -120,7 +144,7 @@ class TrainingProgress:
         self._progress.stop()
 
     def say(self, text: str) -> None:
-        self._progress.console.print(f"[dim]{escape(text)}[/dim]")
+        self._progress.console.print(f"[dim]{escape(redacted(text))}[/dim]")
 
     def __call__(self, event: Event) -> None:
         self._told("training", event)

@@ -1,8 +1,14 @@
-"""Copies of what addresses name, in the cache: so that it can be read again, and offline."""
+"""Copies of what addresses name, in the cache: so that it can be read again, and offline.
+
+Secrets come from the environment variables that an address names, or, for the web, from ~/.netrc.
+Names, keys of the cache and sentences are made of the address as it was given, without them.
+"""
 
 from __future__ import annotations
 
+import base64
 import json
+import netrc
 import os
 import re
 import shutil
@@ -26,6 +32,7 @@ from llamaweft.data.content import (
 )
 from llamaweft.errors import UserError
 from llamaweft.files import need_disk, write_text
+from llamaweft.shown import filled, redacted
 
 TIMEOUT_SECONDS = 60
 
@@ -38,8 +45,9 @@ def web_file(address: str) -> File:
     file_name = unquote(urlsplit(address).path).rpartition("/")[2]
     need_ending(name, file_name)
     place = _copy_of(address, file_name)
+    asked, secrets = filled(address)
     try:
-        request = Request(address, headers={"User-Agent": "llamaweft", **_mark(place)})
+        request = _request(asked, _mark(place))
         with urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
             marks = {"If-None-Match": "ETag", "If-Modified-Since": "Last-Modified"}
             mark = {ours: answer.headers[its] for ours, its in marks.items() if answer.headers[its]}
@@ -48,24 +56,51 @@ def web_file(address: str) -> File:
     except HTTPError as error:
         if error.code != 304:
             raise UserError(
-                f"{name} cannot be downloaded: the server answers {error.code} {error.reason}; "
-                "check the address"
+                f"{name} cannot be downloaded: the server answers {error.code} "
+                f"{redacted(str(error.reason), secrets)}; check the address, and the login where "
+                "it needs one (environment variables in the address, or ~/.netrc)"
             ) from None
     except (OSError, HTTPException, ValueError) as error:
         if not place.is_file():
-            reason = str(getattr(error, "reason", error)) or type(error).__name__
+            reason = redacted(str(getattr(error, "reason", error)), secrets)
+            reason = reason or type(error).__name__
             raise UserError(
                 f"{name} cannot be downloaded: {reason}; check the address and the connection"
             ) from None
     return File(name, place)
 
 
+def _request(address: str, mark: dict[str, str]) -> Request:
+    """With the login of the address, else that of ~/.netrc, for this host alone: no server that it
+    leads on to is told."""
+    parts = urlsplit(address)
+    login = parts.netloc.rpartition("@")[0]
+    plain = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    request = Request(plain, headers={"User-Agent": "llamaweft", **mark})
+    login = unquote(login) if login else _netrc_login(parts.hostname or "")
+    if login:
+        encoded = base64.b64encode(login.encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {encoded}")
+    return request
+
+
+def _netrc_login(host: str) -> str:
+    try:
+        found = netrc.netrc(os.environ.get("NETRC")).hosts.get(host)
+    except OSError:
+        return ""
+    except netrc.NetrcParseError as error:  # its text may quote a password
+        raise UserError(f"{error.filename} line {error.lineno} cannot be read; mend it") from None
+    return f"{found[0]}:{found[2]}" if found else ""
+
+
 def remote_files(address: str) -> list[File]:
     """The files of an address that fsspec knows: a file, a folder or a glob."""
     import fsspec
 
+    asked, secrets = filled(address)
     try:
-        system, path = fsspec.core.url_to_fs(address)
+        system, path = fsspec.core.url_to_fs(asked)
         if _MAGIC.search(path):
             listed = system.glob(path, detail=True)
         else:
@@ -73,7 +108,7 @@ def remote_files(address: str) -> list[File]:
             if listed[path]["type"] == "directory":
                 listed = system.find(path, detail=True)
             else:
-                need_ending(address, path)
+                need_ending(redacted(address), path)
         found = sorted(p for p, info in listed.items() if info["type"] == "file" and is_readable(p))
         if not found:
             raise UserError(f"{address} names no file that ends in {known_endings()}; check it")
@@ -81,12 +116,13 @@ def remote_files(address: str) -> list[File]:
     except UserError:
         raise
     except ImportError as error:
-        raise UserError(f"{address} needs a package that is not installed: {error}") from None
+        reason = redacted(str(error), secrets)
+        raise UserError(f"{address} needs a package that is not installed: {reason}") from None
     except FileNotFoundError:
         raise UserError(f"there is no file {address}; check the path in the recipe") from None
     except Exception as error:  # each driver raises its own kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{address} cannot be read: {reason}") from None
+        raise UserError(f"{address} cannot be read: {redacted(reason, secrets)}") from None
 
 
 def _remote_file(system: Any, path: str) -> File:

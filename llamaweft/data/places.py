@@ -17,6 +17,7 @@ import xxhash
 from llamaweft.data.content import File, is_readable, known_endings, need_ending, unreadable
 from llamaweft.data.downloads import remote_files, web_file
 from llamaweft.errors import UserError
+from llamaweft.shown import without_secret
 
 BUILTIN = "builtin:smart-home/"
 
@@ -45,6 +46,11 @@ def _files_of(place: str) -> list[File]:
         return [File(place, smart_home.path(place.removeprefix(BUILTIN)))]
     match = _ADDRESS.match(place)
     scheme = match[1].lower() if match else "file"
+    if scheme != "file":
+        try:
+            without_secret(place)
+        except ValueError as error:
+            raise UserError(str(error)) from None
     if scheme in ("http", "https"):
         return [web_file(place)]
     if scheme != "file":

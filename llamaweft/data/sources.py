@@ -13,6 +13,7 @@ import xxhash
 from llamaweft.data import places, readers
 from llamaweft.data.rows import BadRows, Row, unfit
 from llamaweft.errors import UserError
+from llamaweft.shown import redacted
 
 HUB_ROWS = 128
 """Rows of a hub data set that are in memory as Python objects at once."""
@@ -118,5 +119,6 @@ def _hub_table(source: Source) -> Any:
     except Exception as error:  # the library raises its own kinds for each way to fail
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"the hub data set {source.hub} (split {source.split}) cannot be fetched: {reason}"
+            f"the hub data set {source.hub} (split {source.split}) cannot be fetched: "
+            f"{redacted(reason)}"
         ) from None

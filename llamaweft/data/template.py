@@ -6,24 +6,16 @@ where it has them, else from what the text of a turn adds to the text before it.
 
 from __future__ import annotations
 
-import ctypes
 import re
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from jinja2.exceptions import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
-
 from llamaweft.data.example import Example, Message
 from llamaweft.errors import UserError
+from llamaweft.templates.render import TemplateFailedError, renderer
 
-PROBE_SECONDS = 10
-"""A template that takes so long for a chat of two words loops."""
-
-_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _OPEN, _CLOSE = "\ue000", "\ue001"
 """Private characters around what stands for a message's content in a skeleton."""
 _STAND_IN = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
@@ -87,8 +79,8 @@ class ChatTemplate:
         plain = [example for example in examples if not example.tools]
         try:
             texts = iter(self._render([e.messages for e in plain], None)) if plain else iter(())
-        except (TemplateError, TypeError, KeyError, ValueError):
-            texts = iter([self.render(e.messages, e.where) for e in plain])
+        except TemplateFailedError as error:
+            raise UserError(f"{plain[error.at].where}: the chat template {error}") from None
         found = []
         for example in examples:
             text, marks = (
@@ -115,54 +107,34 @@ class ChatTemplate:
         at the end. Raises UserError when the template refuses these messages."""
         try:
             return self._render([messages], tools, prompt)[0]
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
-            raise UserError(f"{where}: the chat template refuses these messages: {error}") from None
+        except TemplateFailedError as error:
+            raise UserError(f"{where}: the chat template {error}") from None
 
     def _render(
         self, chats: Sequence[Sequence[Message]], tools: Sequence[Any] | None, prompt: bool = False
     ) -> list[tuple[str, list[Span]]]:
-        template = self.tokenizer.get_chat_template(tools=list(tools) if tools else None)
-        marked = bool(_MARKED.search(template))
-        rendered: Any = render_jinja_template(
-            conversations=[[_shown(message) for message in chat] for chat in chats],
-            tools=list(tools) if tools else None,
-            chat_template=template,
-            return_assistant_tokens_mask=marked,
-            add_generation_prompt=prompt,
-            **self._variables,
+        written = renderer().render(
+            self.tokenizer.get_chat_template(tools=list(tools) if tools else None),
+            [[_shown(message) for message in chat] for chat in chats],
+            variables=self._variables,
+            tools=tools,
+            prompt=prompt,
         )
-        texts, marks = rendered  # annotated as one string
-        if not marked:
-            return [(text, []) for text in texts]
-        spans = [[Span(start, end) for start, end in found if start < end] for found in marks]
-        return list(zip(texts, spans, strict=True))
+        return [
+            (text, [Span(start, end) for start, end in marks if start < end])
+            for text, marks in written
+        ]
 
     def _probe(self) -> None:
-        """A chat of two words, in a thread that is stopped when the template does not end."""
-        failed: list[Exception] = []
-
-        def run() -> None:
-            chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-            try:
-                self._render([chat], None)
-            except Exception as error:
-                failed.append(error)
-
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        thread.join(PROBE_SECONDS)
-        if thread.is_alive():
-            stop = ctypes.pythonapi.PyThreadState_SetAsyncExc
-            stop(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(TimeoutError))
-            raise UserError(
-                f"the chat template of {self.tokenizer.name_or_path} does not end within "
-                f"{PROBE_SECONDS} seconds; mend its loop or set data.chat_template"
-            )
-        if failed:
+        """A chat of two words: what fails on it fails on everything."""
+        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        try:
+            self._render([chat], None)
+        except TemplateFailedError as error:
             raise UserError(
                 f"the chat template of {self.tokenizer.name_or_path} fails on the simplest chat: "
-                f"{failed[0]}; set data.chat_template to another"
-            )
+                f"it {error}; set data.chat_template to another"
+            ) from None
 
     # --- where the answers are -------------------------------------------------------------------
 

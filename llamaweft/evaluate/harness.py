@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
-import jinja2
 import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import (
@@ -27,6 +25,11 @@ from llamaweft.data.chat import Document, Tokenizer, stop_ids
 from llamaweft.errors import UserError
 from llamaweft.evaluate.evaluator import Progress
 from llamaweft.generate.generate import generate_batch
+from llamaweft.templates.render import (
+    TemplateFailedError,
+    TemplateRefusedError,
+    renderer,
+)
 
 NEXT_TOKEN = np.dtype([("position", "<i4"), ("target", "<i8"), ("weight", "<f4")])
 """A token, and the place in a document whose output predicts it."""
@@ -41,6 +44,9 @@ be cut into tokens in other ways."""
 GREEDY_ANYWAY = {"num_beams": 1, "repetition_penalty": 1.0}
 """Options of generation that change nothing at these values."""
 ONLY_FOR_SAMPLING = {"do_sample", "temperature", "top_p", "top_k"}
+
+END_MARK = "\ue000"
+"""A private character, for the end of a message that goes on."""
 
 Score = tuple[float, bool]
 """Log-probability in nats, and whether each token was the likeliest."""
@@ -94,17 +100,36 @@ class HarnessModel(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A chat as text. A template that has no place for a system message gets none."""
-        write = partial(
-            self.tokenizer.apply_chat_template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        """A chat as text, which ends with an answer's header or with what the last message says. A
+        template that has no place for a system message gets none. Raises UserError where it
+        refuses the chat."""
         try:
-            return str(write(chat_history))
-        except jinja2.exceptions.TemplateError:
-            return str(write([one for one in chat_history if one["role"] != "system"]))
+            return self._written(chat_history, add_generation_prompt)
+        except TemplateRefusedError:
+            without = [one for one in chat_history if one["role"] != "system"]
+        except TemplateFailedError as error:
+            raise UserError(f"the chat template of {self.tokenizer_name} {error}") from None
+        try:
+            return self._written(without, add_generation_prompt)
+        except TemplateFailedError as error:
+            raise UserError(f"the chat template of {self.tokenizer_name} {error}") from None
+
+    def _written(self, chat: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        if not add_generation_prompt:  # what comes after its end mark goes
+            *before, last = chat
+            chat = [*before, last | {"content": f"{last['content']}{END_MARK} "}]
+        (written,) = renderer().render(
+            self.tokenizer.get_chat_template(),
+            [chat],
+            variables=dict(self.tokenizer.special_tokens_map),
+            prompt=add_generation_prompt,
+        )
+        if add_generation_prompt:
+            return written.text
+        text, mark, rest = written.text.rpartition(END_MARK)
+        if not mark:
+            raise TemplateRefusedError("does not write the last message, which is to go on")
+        return text if rest.startswith(" ") else text.rstrip()  # it strips what messages say
 
     # --- log-probabilities -----------------------------------------------------------------------
 

@@ -24,6 +24,8 @@ from llamaweft.evaluate.report_forgetting import COLUMNS, forgetting_view
 from llamaweft.evaluate.report_markdown import markdown_report
 from llamaweft.evaluate.report_metrics import NOTHING, compare_metrics, finite, headline
 
+NOT_SHOWN = ("packages", "rebuild", "sbom", "torch_build", "cpu_flags")
+"""Long lists of environment.json, for a program to read."""
 MAX_EXAMPLES = 20
 MAX_CHARACTERS = 4000
 """Of a prompt or an answer; the rest is counted, not shown."""
@@ -86,7 +88,9 @@ def _view(run: ReportInput) -> dict[str, Any]:
         "audit": _audit(run.audit),
         "plan": _plan(run.plan, train),
         "recipe": run.recipe_yaml,
-        "environment": list(_flat(run.environment)),
+        "environment": list(
+            _flat({key: run.environment[key] for key in run.environment if key not in NOT_SHOWN})
+        ),
         "command": run.command,
     }
 

@@ -11,6 +11,7 @@ from llamaweft.errors import UserError
 from llamaweft.generate.generate import Session, generate_stream
 from llamaweft.generate.sampling import Sampling
 from llamaweft.model.llama import LlamaForCausalLM
+from llamaweft.templates.render import TemplateFailedError, renderer
 
 
 class Chat:
@@ -52,15 +53,32 @@ class Chat:
         self.session = Session(self.model, 1, self.room)
         self.read: list[int] = []
 
+    def _prompt_ids(self) -> list[int]:
+        """The conversation up to where the answer begins. Raises UserError where the template
+        refuses it."""
+        try:
+            (written,) = renderer().render(
+                self.tokenizer.get_chat_template(),
+                [self.messages],
+                variables=dict(self.tokenizer.special_tokens_map),
+                prompt=True,
+            )
+        except TemplateFailedError as error:
+            raise UserError(f"the chat template of {self.tokenizer.name_or_path} {error}") from None
+        ids: list[int] = self.tokenizer(written.text, add_special_tokens=False)["input_ids"]
+        return ids
+
     def ask(self, text: str) -> Iterator[str]:
         """Say something; yields the answer's text piece by piece.
 
         Raises UserError when the conversation no longer fits; it goes on as before the question.
         """
         self.messages.append({"role": "user", "content": text})
-        ids = self.tokenizer.apply_chat_template(
-            self.messages, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        try:
+            ids = self._prompt_ids()
+        except UserError:
+            self.messages.pop()
+            raise
         if ids[: len(self.read)] != self.read:  # the answer is tokenised otherwise than it was said
             self._forget()
         fresh = ids[len(self.read) :]

@@ -132,7 +132,7 @@ def test_marks_of_the_template_are_kept_to(restored) -> None:
 
 
 def test_a_template_that_does_not_end_is_refused(restored, monkeypatch) -> None:
-    monkeypatch.setattr("llamaweft.data.template.PROBE_SECONDS", 0.3)
+    monkeypatch.setattr("llamaweft.templates.render.SECONDS", 0.3)
     loops = "{% for i in range(9999) %}" * 2 + "{% endfor %}" * 2
     with_template(restored, loops + "{{ messages[0].content }}")
     with pytest.raises(UserError, match="does not end within"):

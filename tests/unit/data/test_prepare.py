@@ -74,6 +74,20 @@ def test_a_second_time_reads_what_was_prepared(tokenizer, rows, monkeypatch) -> 
     assert content(prepare(tokenizer, rows)) == first
 
 
+@pytest.mark.parametrize(
+    "name", ["rows.bin", "ids.bin", "weights.bin", "records.bin", "state.json"]
+)
+def test_rows_with_a_flipped_bit_are_prepared_again(tokenizer, rows, tmp_path, name) -> None:
+    first = content(prepare(tokenizer, rows))
+    (path,) = (tmp_path / "cache").rglob(name)
+    sound = path.read_bytes()
+    path.write_bytes(bytes([*sound[:-9], sound[-9] ^ 2, *sound[-8:]]))
+    said: list[str] = []
+    assert content(prepare(tokenizer, rows, say=said.append)) == first
+    assert path.read_bytes() == sound
+    assert any(name in line for line in said) == (name != "state.json")
+
+
 @pytest.mark.parametrize("change", ["rows", "train_on", "clean"])
 def test_what_decides_the_rows_prepares_anew(tokenizer, rows, change) -> None:
     first = content(prepare(tokenizer, rows))

@@ -248,10 +248,11 @@ def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[type[
 
 
 def test_a_web_address_is_fetched_once_while_it_stays_the_same(
-    web: tuple[type[Web], str], tmp_path: Path
+    web: tuple[type[Web], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handler, host = web
-    address = f"{host}/my/rows.jsonl?token=secret"
+    monkeypatch.setenv("MY_QUERY", "token=secret")
+    address = f"{host}/my/rows.jsonl?${{MY_QUERY}}"
     assert [row.where for row in read_path(address)] == [f"{host}/my/rows.jsonl line 1"]
     first = fingerprint(PlainSource(address))
     assert handler.served == 1
@@ -317,6 +318,14 @@ def test_a_folder_and_a_glob_of_another_file_system(
                 numbers(f"memory://bucket/{place}")
     finally:
         store.rm("/bucket", recursive=True)
+
+
+@pytest.mark.parametrize(
+    "address", ["https://me:pw@host/a.jsonl", "s3://K:S@b/a.jsonl", "https://host/a.jsonl?sig=S"]
+)
+def test_an_address_with_a_secret_is_refused_before_it_is_asked(address: str) -> None:
+    with pytest.raises(UserError, match=r"holds .*; put that into an environment variable"):
+        read_path(address)
 
 
 @pytest.mark.parametrize(("address", "package"), [("s3://b/a.jsonl", "s3fs"), ("gs://b/a.jsonl", "gcsfs")])  # fmt: skip
