@@ -8,20 +8,25 @@ from functools import cached_property
 import torch
 
 from llamaweft.errors import UserError
+from llamaweft.model.speed import layer_seconds
+from llamaweft.pieces.mean_pack import mean_pack
 from llamaweft.pieces.pieces import Pieces
 from llamaweft.plan.devices import REACHED, Device
 from llamaweft.plan.hardware import matmul_flops_per_second, traffic_bytes_per_second
 from llamaweft.plan.memory import MLP_TILE_TOKENS
 from llamaweft.plan.plan import Plan, make_plan
-from llamaweft.plan.shapes import LINEARS, sizes
+from llamaweft.plan.shapes import LINEARS, linear_weights, sizes
 from llamaweft.plan.time import Speed, StepWork
 from llamaweft.recipe import Recipe
 from llamaweft.runtime import COMPUTE_DTYPES, Runtime
 from llamaweft.weights.speed import product_rates
 
 LAYER_SECONDS = {"cpu": 0.010, "cuda": 0.003}
-"""What the calls of one layer's forward and backward pass take. The CPU's was fitted to the 135M
-with packs of 256 tokens; the GPU's is an assumption."""
+"""What the calls of one layer's forward and backward pass take, where no layer is run to find out.
+The CPU's was fitted to the 135M with packs of 256 tokens; the GPU's is an assumption."""
+
+LAYER_FLOPS = 0.5e12
+"""A layer is run on no more tokens than take so much arithmetic: a few seconds on a small CPU."""
 
 
 class PiecesFor(Pieces):
@@ -46,6 +51,10 @@ class PiecesFor(Pieces):
     def device_name(self) -> str:
         return f"{self.planned.name} (not measured)"
 
+    @property
+    def runs_a_layer(self) -> bool:
+        return False
+
 
 def plan_run(pieces: Pieces, price_per_hour: float | None = None) -> Plan:
     """Memory, time and decisions; measures this machine's products for a few seconds.
@@ -60,6 +69,11 @@ def plan_run(pieces: Pieces, price_per_hour: float | None = None) -> Plan:
     per_step = loader.total_packs / loader.total_steps / packs
     try:
         schedule = pieces.schedule
+        if pieces.runs_a_layer:
+            speed = speed_of_layers(pieces)
+            schedule = pieces.schedule  # what the process holds was measured anew
+        else:
+            speed = speed_of(pieces, int(computed / packs))
     except UserError as error:
         nearest = nearest_fit(pieces)
         raise UserError(f"{error}{nearest and f'; it fits with {nearest}'}") from None
@@ -68,7 +82,7 @@ def plan_run(pieces: Pieces, price_per_hour: float | None = None) -> Plan:
         pieces.workload,
         schedule,
         step,
-        speed_of(pieces, int(computed / packs)),
+        speed,
         steps=loader.total_steps,
         given_tokens=given * per_step,
         packs_per_epoch=packs,
@@ -103,6 +117,36 @@ def speed_of(pieces: Pieces, pack_tokens: int) -> Speed:
     traffic = traffic_bytes_per_second(runtime.device)
     calls = LAYER_SECONDS[runtime.device.type]
     return Speed(decoded, plain, traffic, calls, "measured on this machine", measured=True)
+
+
+def speed_of_layers(pieces: Pieces) -> Speed:
+    """What the device does in a second, measured by running a layer and the head of this model on
+    some of the run's own documents."""
+    runtime, config, size = pieces.runtime, pieces.config, sizes(pieces.config)
+    pieces.settle_memory()
+    most = int(LAYER_FLOPS / (4.0 * sum(linear_weights(config).values())))
+    pack, squares, labels = mean_pack(pieces, max(most, 16))
+    layer = layer_seconds(
+        config,
+        pack,
+        squares,
+        labels,
+        codec=None if pieces.trains_all else pieces.base_weights,
+        compute_dtype=runtime.compute_dtype,
+        device=runtime.device,
+        adapt=pieces.adapt_to_measure,
+        keepable=pieces.workload.keepable,
+        mlp_tile_tokens=MLP_TILE_TOKENS,
+        predicts_tokens=pieces.head is None,
+    )
+    pieces.ran_a_layer()
+    passes = 3 if pieces.trains_all else 2
+    flops = passes * 2.0 * pack.tokens * sum(linear_weights(config).values())
+    shape = (min(pack.tokens, MLP_TILE_TOKENS), size["hidden"], min(size["inner"], 1024))
+    plain = matmul_flops_per_second(runtime.device, runtime.compute_dtype, shape, 0.1)
+    traffic = traffic_bytes_per_second(runtime.device, 0.1)
+    source = "measured on this machine by running a layer"
+    return Speed(flops / layer.kept, plain, traffic, 0.0, source, measured=True, layer=layer)
 
 
 def nearest_fit(pieces: Pieces) -> str:

@@ -102,6 +102,7 @@ def seed_everything(seed: int) -> None:
 
 LARGE_BYTES = 2**20
 KEPT_FREE_BYTES = 64 * 2**20
+ALL_BYTES = 2**30
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
@@ -111,14 +112,34 @@ def return_freed_memory() -> bool:
 
     By itself glibc raises the limit to 32 MiB once such a tensor was freed, and then holds on to
     fragments (decision 0005). Each such tensor is faulted in anew, so this is for models whose
-    tensors are large. Returns whether there is a glibc to tell.
+    tensors are large and whose memory is short. Returns whether there is a glibc to tell.
     """
+    return _tell_malloc(LARGE_BYTES, KEPT_FREE_BYTES)
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep what is freed, up to ALL_BYTES a tensor, so that the next step does
+    not fault it in again; for models whose tensors are large, where memory is not short (decision
+    0017). Returns whether there is a glibc to tell."""
+    return _tell_malloc(ALL_BYTES, 2 * ALL_BYTES - 1)
+
+
+def _tell_malloc(mapped_from_bytes: int, kept_bytes: int) -> bool:
+    """Tensors of so many bytes are mapped one by one; so much freed memory is kept."""
     try:
         libc = ctypes.CDLL("libc.so.6")
-        told = libc.mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
-        return bool(told and libc.mallopt(_M_TRIM_THRESHOLD, KEPT_FREE_BYTES))
+        told = libc.mallopt(_M_MMAP_THRESHOLD, mapped_from_bytes)
+        return bool(told and libc.mallopt(_M_TRIM_THRESHOLD, kept_bytes))
     except (OSError, AttributeError):
         return False
+
+
+def trim_freed_memory() -> None:
+    """Have glibc give back what it holds of freed memory; nothing where there is no glibc."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        return
 
 
 def rss_bytes() -> int:

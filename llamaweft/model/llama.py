@@ -173,10 +173,12 @@ class LlamaModel(nn.Module):
         return cast(list[DecoderLayer], list(self.layers))
 
     def _begin(self, ids_T: Tensor, positions_T: Tensor) -> tuple[Tensor, Rope]:
-        frequency = rotary_frequencies(self.config).to(ids_T.device)
+        return self.embed_tokens(ids_T, self.compute_dtype), self._rope(positions_T)
+
+    def _rope(self, positions_T: Tensor) -> Rope:
+        frequency = rotary_frequencies(self.config).to(positions_T.device)
         cos_TD, sin_TD = rotary_tables(frequency, positions_T)
-        x_TE = self.embed_tokens(ids_T, self.compute_dtype)
-        return x_TE, (cos_TD.to(self.compute_dtype), sin_TD.to(self.compute_dtype))
+        return cos_TD.to(self.compute_dtype), sin_TD.to(self.compute_dtype)
 
     def forward(self, ids_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
         """h_TE of every token: for measuring and for answers. Keeps what autograd asks for."""
@@ -216,6 +218,11 @@ class LlamaModel(nn.Module):
                 x_TE = layer.attention_segment(x_TE, rope, attend, Tape(), rows)
                 x_TE = layer.mlp_segment(x_TE, Tape())
         return self.norm(x_TE)
+
+    def first_layer(self, x_TE: Tensor, pack: Pack) -> Tensor:
+        """h_TE after the first layer, as a step computes it: for measuring how long that takes."""
+        rope, attend = self._rope(pack.positions_T), PackAttention(pack)
+        return self._recorded_layer(0, x_TE, rope, attend, None)
 
     def _recorded_layer(
         self, index: int, x_TE: Tensor, rope: Rope, attend: Attend, rows: Rows

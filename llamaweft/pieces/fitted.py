@@ -20,9 +20,9 @@ from llamaweft.plan.whole import Whole, whole_of
 from llamaweft.runtime import anon_bytes
 from llamaweft.train.optim import optimizer_bytes_per_parameter
 
-RUNTIME_BYTES = 64 * 2**20
+RUNTIME_BYTES, WARM_RUNTIME_BYTES = 64 * 2**20, 24 * 2**20
 """What the process takes beyond what it has when the plan is made: compiled kernels, buffers of the
-matrix library."""
+matrix library; and what remains of that once a layer was run."""
 
 LARGE_TENSOR_BYTES = 8 * 2**20
 """Widest activation from which on freed memory is given back at once."""
@@ -39,6 +39,9 @@ class Fitted(Trained):
 
     beside_bytes = 0
     """What other runs hold beside this one's."""
+
+    has_run_a_layer = False
+    """Whether kernels are compiled and buffers taken already."""
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -73,6 +76,7 @@ class Fitted(Trained):
             held = store_bytes(self.config, self.base_weights, without=self.whole)
         compute_bytes = self.runtime.compute_dtype.itemsize
         fragments = FRAGMENT_BYTES if on_cpu and not self._has_large_tensors else 0
+        to_come = WARM_RUNTIME_BYTES if on_cpu and self.has_run_a_layer else RUNTIME_BYTES
         return Workload(
             config=self.config,
             pack_tokens=tokens,
@@ -83,8 +87,9 @@ class Fitted(Trained):
             else (),
             compute_bytes=compute_bytes,
             kept_bytes=2 if training.keep_activations == "bf16" else None,
-            runtime_bytes=RUNTIME_BYTES + self.beside_bytes + (anon_bytes() if on_cpu else 0),
+            runtime_bytes=to_come + self.beside_bytes + (anon_bytes() if on_cpu else 0),
             fragment_bytes=fragments,
+            large_tensors=on_cpu and self._has_large_tensors,
             weight_bytes=held,
             optimizer_bytes=optimizer_bytes_per_parameter(training.optimizer),
             keeps_attention=on_cpu,

@@ -13,15 +13,17 @@ from llamaweft.data.chat import special_ids
 from llamaweft.data.general import General, general_prompts, read_general
 from llamaweft.data.prepare import Preparation, Prepared
 from llamaweft.data.targets import HEAD_TASKS
-from llamaweft.model.folder import find_folder, read_config
+from llamaweft.model.folder import locate, read_config, usable
 from llamaweft.model.head_config import HeadConfig
 from llamaweft.model.new_tokens import NewTokens, add_new_tokens, named
 from llamaweft.model.presets import LlamaConfig
 from llamaweft.model.tokenizer import load_tokenizer, set_chat_template
 from llamaweft.model.untrained import untrained_tokens
 from llamaweft.plan.hardware import available_bytes
+from llamaweft.provenance import hub_commit, provenance
 from llamaweft.recipe import Recipe
-from llamaweft.runtime import Runtime, choose_runtime
+from llamaweft.runtime import Runtime, choose_runtime, environment
+from llamaweft.train.run_folder import RunFolder, read_json
 
 
 class Given:
@@ -48,7 +50,33 @@ class Given:
 
     @cached_property
     def model_folder(self) -> Path:
-        return find_folder(self.recipe.model)
+        return usable(self._located)
+
+    @cached_property
+    def _located(self) -> Path:
+        """What the model's name stands for, before it is converted to a folder that can be used."""
+        recipe = self.recipe
+        codec = "nf4" if recipe.base_weights == "auto" else recipe.base_weights
+        return locate(
+            recipe.model,
+            self._began_with or recipe.model_revision,
+            store_codec=None if recipe.adapter.trains_all else codec,
+        )
+
+    @property
+    def model_commit(self) -> str | None:
+        """The commit of a model of the hub; None for others."""
+        return hub_commit(self._located)
+
+    @property
+    def _began_with(self) -> str | None:
+        """The commit of a model of the hub that the run in output_dir began with, which it goes on
+        with whatever its branch holds now."""
+        folder = RunFolder(Path(self.recipe.output_dir))
+        if not folder.holds_run or not folder.environment.exists():
+            return None
+        built = read_json(folder.environment).get("rebuild", {})
+        return built.get("model_commit") if built.get("model") == self.recipe.model else None
 
     @cached_property
     def config(self) -> LlamaConfig:
@@ -108,6 +136,20 @@ class Given:
         held = self.recipe.data.validation
         fraction = held.fraction if held else None
         return self.preparation.prepare(train, None if fraction else held, fraction)
+
+    def environment(self, recipe_text: str) -> dict[str, Any]:
+        """What environment.json says: the machine, what was decided, what the run is made of."""
+        found = environment(self.runtime)
+        names = [rows.name for rows in self.recipe.data.train]
+        held = self.data.examples.stored.fingerprints
+        return found | provenance(
+            recipe_text=recipe_text,
+            seed=self.recipe.training.seed,
+            commit=str(found["commit"]),
+            model=self.recipe.model,
+            folder=self._located if self.model_commit else self.model_folder,
+            sources=dict(zip(names, held, strict=True)),
+        )
 
     @cached_property
     def general(self) -> General | None:

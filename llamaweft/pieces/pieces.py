@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from llamaweft.model.stores import cached_store, open_store, own_codec
 from llamaweft.model.task_heads import TaskHead
 from llamaweft.pieces.fitted import Fitted
 from llamaweft.plan.memory import trained_parameter_count
-from llamaweft.runtime import return_freed_memory
+from llamaweft.runtime import keep_freed_memory, return_freed_memory, trim_freed_memory
 from llamaweft.weights.grown import row_parameters
 
 
@@ -49,10 +50,39 @@ class Pieces(Fitted):
             say(f"converting the weights to {codec}, once")
         open_store(folder, codec)
 
+    def settle_memory(self) -> None:
+        """Tell the C library what to do with large tensors that are freed, where the run has such:
+        to keep them, if the budget has room for the fragments; else to give them back."""
+        if not self.workload.large_tensors:
+            return
+        if self.schedule.keeps_freed:
+            keep_freed_memory()
+        else:
+            return_freed_memory()
+
+    @property
+    def runs_a_layer(self) -> bool:
+        """Whether running one layer tells how long all of them take: not where layers differ."""
+        return not self.whole
+
+    def ran_a_layer(self) -> None:
+        """Measure anew what the process holds, which has kernels and buffers now."""
+        trim_freed_memory()
+        self.has_run_a_layer = True
+        del self.workload
+        if not self.resumes:  # a resumed run has the schedule of its checkpoint
+            del self.schedule
+
+    def adapt_to_measure(self, model: LlamaForCausalLM) -> None:
+        """Put the adapter into a model that is only run for its time. PiSSA's start, as wide as A
+        and B, is multiplied too."""
+        if self.lora is not None:
+            r = self.lora.r * (2 if self.lora.is_pissa else 1)
+            inject(model, replace(self.lora, r=r, init_lora_weights="default"))
+
     def load_model(self) -> Model:
         """The base model with a fresh adapter, or that of adapter.init_from, on its device."""
-        if self.runtime.device.type == "cpu" and self._has_large_tensors:
-            return_freed_memory()  # else the peak would exceed the budget
+        self.settle_memory()
         model = self.adapted(self.load_to_train())
         model.model.neftune_noise_alpha = self.recipe.training.neftune_noise_alpha
         if isinstance(model, LlamaForCausalLM):

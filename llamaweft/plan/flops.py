@@ -32,7 +32,8 @@ def training_flops(
     """
     layers, tokens = range(config.num_hidden_layers), computed_tokens
     forward = sum(_layer(config, i, tokens, labels) for i in layers)
-    head = (outputs or config.vocab_size) * config.hidden_size * labels
+    width = config.vocab_size if outputs is None else outputs
+    head = width * config.hidden_size * labels
     if not frozen_base:
         return 2.0 * 3 * (forward + head)
     count = forward + head + head * whole.below_head + head * whole.head

@@ -40,6 +40,9 @@ fp64, and the norm with the adapter in fp32."""
 FRAGMENT_SHARE = 8
 """Fragments that the C library holds on to are this part of what is taken and freed, or less."""
 
+KEPT_SHARE = 4
+"""The same where large tensors are taken from what it keeps, instead of being mapped anew."""
+
 KEEPABLE = {
     "down_proj": ("down_proj", "hidden"),
     "o_proj": ("o_proj", "hidden"),
@@ -79,6 +82,8 @@ class Workload:
     forgetting_bytes: of what is kept of the model as the run began, to compare with.
     new_token_numbers: in the rows of new tokens, trained beside an adapter.
     in_backward: whether each gradient is used and freed as soon as it is there.
+    large_tensors: whether the C library maps tensors one by one, so that it may give them back as
+    soon as they are freed, or keep them.
     """
 
     config: LlamaConfig
@@ -102,6 +107,7 @@ class Workload:
     new_token_numbers: int = 0
     whole: Whole | None = None
     in_backward: bool = False
+    large_tensors: bool = False
 
     @property
     def trains_all(self) -> bool:
@@ -140,7 +146,8 @@ class Schedule:
 
     keep: for each layer, names of KEEPABLE. mlp_tile_tokens, loss_tile_labels: rows of an MLP, and
     labels, that are computed at once. recomputed_share: multiplications of the base that are
-    done again, as a share of those of one forward pass.
+    done again, as a share of those of one forward pass. keeps_freed: whether the C library keeps
+    large tensors that are freed, which spares faulting them in again and leaves fragments.
     """
 
     keep: tuple[tuple[str, ...], ...]
@@ -148,6 +155,7 @@ class Schedule:
     loss_tile_labels: int
     recomputed_share: float
     parts: dict[str, int]
+    keeps_freed: bool = False
 
     @property
     def peak_bytes(self) -> int:
@@ -163,7 +171,8 @@ class Schedule:
         if any(name not in content for name in names):
             return None
         keep = tuple(tuple(names) for names in content["keep"])
-        return cls(keep, *(content[name] for name in names))
+        made = cls(keep, *(content[name] for name in names))
+        return replace(made, keeps_freed=content.get("keeps_freed", False))
 
 
 def solve(work: Workload, budget_bytes: int | None) -> Schedule:
@@ -176,6 +185,10 @@ def solve(work: Workload, budget_bytes: int | None) -> Schedule:
     layers = work.config.num_hidden_layers
     least = schedule(work, [()] * layers)
     all_kept = [work.keepable if layer >= work.lowest else () for layer in range(layers)]
+    if work.large_tensors:
+        roomy = schedule(work, all_kept, MOST_LABELS, keeps_freed=True)
+        if budget_bytes is None or roomy.peak_bytes <= budget_bytes:
+            return roomy
     fastest = schedule(work, all_kept, MOST_LABELS)
     if budget_bytes is None or fastest.peak_bytes <= budget_bytes:
         return fastest
@@ -200,7 +213,11 @@ def solve(work: Workload, budget_bytes: int | None) -> Schedule:
 
 
 def schedule(
-    work: Workload, keep: list[tuple[str, ...]], loss_tile_labels: int | None = None
+    work: Workload,
+    keep: list[tuple[str, ...]],
+    loss_tile_labels: int | None = None,
+    *,
+    keeps_freed: bool = False,
 ) -> Schedule:
     """The bytes by part when each layer keeps what `keep` says; loss_tile_labels: None for few."""
     if loss_tile_labels is None:
@@ -212,7 +229,10 @@ def schedule(
     inputs = len(backward) * work.pack_tokens * work.config.hidden_size * work.compute_bytes
     kept = sum(kept_bytes(work, name, i) for i, names in enumerate(keep) for name in names)
     workspace = workspace_bytes(work, keep, loss_tile_labels)
-    fragments = min(work.fragment_bytes, (inputs + kept + workspace) // FRAGMENT_SHARE)
+    freed = inputs + kept + workspace
+    fragments = min(work.fragment_bytes, freed // FRAGMENT_SHARE)
+    if keeps_freed:
+        fragments = freed // KEPT_SHARE
     held = NORM_BYTES * magnitude_count(work) + 4 * kept_start_numbers(work)
     parts = {
         "runtime": work.runtime_bytes + fragments,
@@ -229,7 +249,9 @@ def schedule(
         parts["forgetting"] = work.forgetting_bytes
     again = sum(recomputed_multiplications(work, keep[i], i) for i in backward)
     once = sum(layer_multiplications(work, i) for i in range(layers))
-    return Schedule(tuple(keep), MLP_TILE_TOKENS, loss_tile_labels, again / once, parts)
+    return Schedule(
+        tuple(keep), MLP_TILE_TOKENS, loss_tile_labels, again / once, parts, keeps_freed
+    )
 
 
 def _gradient_bytes(work: Workload, activations: int) -> int:
@@ -336,6 +358,13 @@ def recomputed_multiplications(work: Workload, kept: tuple[str, ...], layer: int
         for n, (a, b) in LINEARS.items()
         if n not in spared
     )
+
+
+def most_recomputed_share(work: Workload) -> float:
+    """The recomputed_share of a schedule that keeps nothing."""
+    layers = range(work.config.num_hidden_layers)
+    again = sum(recomputed_multiplications(work, (), i) for i in layers[work.lowest :])
+    return again / sum(layer_multiplications(work, i) for i in layers)
 
 
 def workspace_bytes(work: Workload, keep: list[tuple[str, ...]], loss_tile_labels: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 from test_plan import WORK
@@ -43,6 +43,50 @@ def test_attention_and_adapter_by_hand() -> None:
     pissa = step_seconds(replace(WORK, keeps_start=True), solve(WORK, None), STEP, SPEED)
     narrow = 32 * 2 * 1000 * 16 * (7 * inputs + 5 * outputs)
     assert pissa["adapter"] == pytest.approx(narrow / (0.5 * 200e9))
+
+
+@dataclass(frozen=True)
+class Layer:
+    tokens: int = 500
+    squares: int = 150_000
+    kept: float = 2.0
+    recomputed: float = 3.0
+    label: float = 0.01
+
+
+def test_a_step_is_so_many_layers_as_the_one_that_was_run() -> None:
+    """All 32 layers but for what the last one leaves out (queries, output and MLP of tokens without
+    a label) and for the gradient of the first one's input, by their FLOPs; twice the tokens."""
+    speed = replace(SPEED, layer=Layer())
+    found = step_seconds(WORK, solve(WORK, None), STEP, speed)
+    layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+    keys = 2 * 4096 * 1024
+    forward = 31 * layer + keys + 0.5 * (layer - keys)
+    first = 4096 * 4096 + keys
+    assert found["layers"] == pytest.approx((2 * forward - first) / (2 * layer) * 2 * 2.0)
+    assert found["head"] == pytest.approx(500 * 0.01)
+    assert found["recomputation"] == 0
+    assert found["longer documents"] == 0
+
+
+def test_what_is_recomputed_takes_its_share_of_what_keeping_nothing_takes_more() -> None:
+    speed = replace(SPEED, layer=Layer())
+    least, all_kept = schedule(WORK, [()] * 32), solve(WORK, None)
+    none, once = (step_seconds(WORK, made, STEP, speed) for made in (least, all_kept))
+    assert none["recomputation"] == pytest.approx(0.5 * once["layers"])  # 3 seconds instead of 2
+    half = schedule(WORK, [WORK.keepable] * 16 + [()] * 16)
+    some = step_seconds(WORK, half, STEP, speed)["recomputation"]
+    assert some == pytest.approx(
+        none["recomputation"] * half.recomputed_share / least.recomputed_share
+    )
+
+
+def test_longer_documents_than_were_run_take_more_attention() -> None:
+    """Squares of 2 x 150,000 were run; the rest is counted."""
+    speed = replace(SPEED, layer=Layer())
+    long = replace(STEP, squares=1_000_000)
+    found = step_seconds(WORK, solve(WORK, None), long, speed)
+    assert found["longer documents"] == pytest.approx(32 * 7 * 700_000 * 4096 / (0.4 * 200e9))
 
 
 def test_without_an_adapter_nothing_is_narrow_and_the_optimizer_takes_longer() -> None:
