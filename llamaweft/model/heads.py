@@ -24,6 +24,9 @@ products (docs/log.md)."""
 VOCABULARY_TILE = 16384
 """Rows of the head that are multiplied at once on a GPU."""
 
+CACHED_ROWS = 1024
+"""Rows of logits that are worked on at once: few enough for a cache."""
+
 Weight = nn.Parameter | FrozenWeight | GrownWeight
 
 
@@ -60,7 +63,7 @@ class CausalLMHead(Linear):
         """-log softmax(h_n W^T)[target_n] of each label, without gradient: loss_N in fp32."""
         targets = pack.label_target_N
         found = [
-            _softmax(hidden_NE[rows], self.weight, targets[rows])[1]
+            _exponentials(hidden_NE[rows], self.weight, targets[rows])[2]
             for rows in _label_tiles(len(targets), TILE_LABELS)
         ]
         return torch.cat(found) if found else hidden_NE.new_zeros(0, dtype=torch.float32)
@@ -71,9 +74,9 @@ class CausalLMHead(Linear):
         losses, hits = [], []
         for rows in _label_tiles(len(hidden_NE), TILE_LABELS):
             target_C = pack.label_target_N[rows]
-            softmax_VC, loss_C = _softmax(hidden_NE[rows], self.weight, target_C)
+            exp_VC, _, loss_C = _exponentials(hidden_NE[rows], self.weight, target_C)
             losses.append(loss_C)
-            hits.append(softmax_VC.argmax(dim=0) == target_C)
+            hits.append(exp_VC.argmax(dim=0) == target_C)
         return torch.cat(losses), torch.cat(hits)
 
 
@@ -120,27 +123,33 @@ def _tiles(
         yield rows, whole[rows]
 
 
-def _softmax(
+def _exponentials(
     hidden_CE: Tensor, weight: Weight, target_C: Tensor, smoothing: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """softmax_VC in fp32, made in place of the logits, and loss_C.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(logit - largest)_VC in fp32, made in place of the logits, its sums over the vocabulary
+    sum_1C, and loss_C. Over each other they are the softmax.
 
-    The vocabulary comes first, so that each tile of the head writes memory of its own.
+    The vocabulary comes first, so that each tile of the head writes memory of its own; and what is
+    done to a tile is done while it is in the cache.
     """
     logits_VC = hidden_CE.new_empty(weight.shape[0], len(hidden_CE), dtype=torch.float32)
+    largest_1C = logits_VC.new_full((1, len(hidden_CE)), -torch.inf)
+    total_1C = torch.zeros_like(largest_1C)
     for rows, w in _vocabulary_tiles(weight, hidden_CE.dtype):
         if hidden_CE.dtype == torch.float32:
             torch.mm(w, hidden_CE.t(), out=logits_VC[rows])
         else:
             logits_VC[rows] = w @ hidden_CE.t()
+        largest_1C = torch.maximum(largest_1C, logits_VC[rows].amax(dim=0, keepdim=True))
+        if smoothing:
+            total_1C += logits_VC[rows].sum(dim=0, keepdim=True)
     target_1C = logits_VC.gather(0, target_C[None])
     if smoothing:
-        target_1C = target_1C.lerp(logits_VC.mean(dim=0, keepdim=True), smoothing)
-    largest_1C = logits_VC.amax(dim=0, keepdim=True)
-    softmax_VC = logits_VC.sub_(largest_1C).exp_()
-    sum_1C = softmax_VC.sum(dim=0, keepdim=True)
-    loss_C = (sum_1C.log() + largest_1C - target_1C).squeeze(0)
-    return softmax_VC.div_(sum_1C), loss_C
+        target_1C = target_1C.lerp(total_1C / len(logits_VC), smoothing)
+    sum_1C = torch.zeros_like(largest_1C)
+    for part_VC in logits_VC.split(CACHED_ROWS):
+        sum_1C += part_VC.sub_(largest_1C).exp_().sum(dim=0, keepdim=True)
+    return logits_VC, sum_1C, (sum_1C.log() + largest_1C - target_1C).squeeze(0)
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
@@ -168,17 +177,19 @@ class _TiledCrossEntropy(torch.autograd.Function):
         trained_rows = _trained_rows(weight)[1]
         total = torch.zeros((), dtype=torch.float32, device=hidden_NE.device)
         for rows in _label_tiles(len(target_N), tile_labels):
-            softmax_VC, loss_C = _softmax(hidden_NE[rows], weight, target_N[rows], smoothing)
-            total += (loss_C * weight_N[rows]).sum()
+            target_C, weight_C = target_N[rows], weight_N[rows]
+            grad_VC, sum_1C, loss_C = _exponentials(hidden_NE[rows], weight, target_C, smoothing)
+            total += (loss_C * weight_C).sum()
             if grad_NE is None and grad_VE is None:
                 continue
-            one_1C = torch.full_like(softmax_VC[:1], 1 - smoothing)
-            grad_VC = softmax_VC.scatter_add_(0, target_N[None, rows], -one_1C)
-            if smoothing:
-                grad_VC.sub_(smoothing / len(grad_VC))
-            grad_VC.mul_(weight_N[rows])
+            # weight (softmax - onehot), the division and the weight left to each tile below.
+            grad_VC.scatter_add_(0, target_C[None], (smoothing - 1) * sum_1C)
+            for part_VC in grad_VC.split(CACHED_ROWS) if grad_NE is None else ():
+                _scaled(part_VC, sum_1C, weight_C, smoothing / len(grad_VC))
             if grad_NE is not None:
-                grad_NE[rows] = _back_to_hidden(grad_VC, weight, hidden_NE.dtype)
+                grad_NE[rows] = _back_to_hidden(
+                    grad_VC, sum_1C, weight_C, smoothing, weight, hidden_NE.dtype
+                )
             if grad_VE is not None:
                 grad_VE += grad_VC[trained_rows].to(hidden_NE.dtype) @ hidden_NE[rows]
         ctx.save_for_backward(grad_NE, grad_VE)
@@ -199,11 +210,25 @@ class _TiledCrossEntropy(torch.autograd.Function):
         )
 
 
-def _back_to_hidden(grad_VC: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
-    """grad_CE = grad_VC^T W, summed in fp32 over tiles of the vocabulary."""
+def _scaled(part_VC: Tensor, sum_1C: Tensor, weight_C: Tensor, each: float) -> Tensor:
+    """weight (part / sum - each), in place."""
+    part_VC.mul_(weight_C / sum_1C)
+    return part_VC.sub_(each * weight_C) if each else part_VC
+
+
+def _back_to_hidden(
+    grad_VC: Tensor,
+    sum_1C: Tensor,
+    weight_C: Tensor,
+    smoothing: float,
+    weight: Weight,
+    dtype: torch.dtype,
+) -> Tensor:
+    """grad_CE = grad_VC^T W, summed in fp32 over tiles of the vocabulary, each of which is scaled
+    in place first."""
     grad_CE = grad_VC.new_zeros(grad_VC.shape[1], weight.shape[1])
     for rows, w in _vocabulary_tiles(weight, dtype):
-        grad_C = grad_VC[rows].t()
+        grad_C = _scaled(grad_VC[rows], sum_1C, weight_C, smoothing / len(grad_VC)).t()
         if dtype == torch.float32:
             grad_CE.addmm_(grad_C, w)
         else:
