@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from benchmarks import data, models, peer_choice, report
@@ -110,6 +111,19 @@ class Ring:
         self.contenders.append(found)
         self.ratios[f"to {found['name']}"] = f"{times:.2f} x its tok/s, {memory:.2f} x its memory"
 
+    def compare_apart(self, theirs: dict[str, Any]) -> None:
+        """The last of ours with a peer that ran before it, each by the sgemm of its own time."""
+        ours = self.contenders[-1]
+        name = f"{ours['name']} to {theirs['name']}"
+        rate = ours["real_tokens_per_second"] / mean(ours["sgemm_flops_per_second"]) * 1e12
+        times = rate / theirs["real_tokens_per_tflop_of_sgemm"]
+        memory = ours["peak_anon_bytes"] / theirs["peak_anon_bytes"]
+        self.contenders.insert(0, theirs)
+        self.ratios[name] = (
+            f"{times:.2f} x its tok/s at the same sgemm, one after the other; "
+            f"{memory:.2f} x its memory"
+        )
+
     def case(self, title: str, **more: Any) -> dict[str, Any]:
         return {
             "title": f"{title}, packs of {self.pack_tokens} tokens",
@@ -178,24 +192,25 @@ def bench_whole8b(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     else:
         model = models.llama3_store(options.work, weights)
     ring = Ring(options, model, 1024, weights)
-    for number, budget in enumerate(options.budgets):
+    peer = best_whole(options, model, weights) if options.peer else None
+    for budget in options.budgets:
         with ring.fight(ring.ours(budget)) as rounds:
-            best = best_whole(options, model, weights) if options.peer and not number else None
-            rounds(best, options.rounds)
+            rounds(None, options.rounds)
+        if peer is not None:
+            ring.compare_apart(peer)
     if options.cgroup:
         limited(ring, options)
     yield ring.case("Llama 3 8B, whole")
 
 
-def best_whole(options: argparse.Namespace, model: Path, weights: str) -> Entry:
-    """The fastest NF4 peer that fits; with --settled the first setting, untuned."""
-    rings = [
-        (choice, Ring(options, model, length, weights)) for choice, length in peer_choice.WHOLE
-    ]
+def best_whole(options: argparse.Namespace, model: Path, weights: str) -> dict[str, Any]:
+    """The figures of the fastest NF4 peer that fits, or, with --settled, of the first setting. It
+    runs alone: loading takes it all of this kind of machine."""
+    choices = peer_choice.WHOLE[:1] if options.settled else peer_choice.WHOLE
+    rings = [(choice, Ring(options, model, length, weights)) for choice, length in choices]
     entries = [ring.peer(choice) for choice, ring in rings]
-    if options.settled:
-        return entries[0]
-    return peer_choice.fastest(entries, rings[-1][1].sgemm, rings[-1][1].logs)[0]
+    best, tried = peer_choice.fastest(entries, rings[-1][1].sgemm, rings[-1][1].logs)
+    return next(figures for figures in tried if figures["name"] == best.name)
 
 
 def limited(ring: Ring, options: argparse.Namespace) -> None:
