@@ -31,7 +31,18 @@ from llamaweft.evaluate.forgetting import forgetting_notes
 from llamaweft.evaluate.head_evaluator import HeadEvaluator
 from llamaweft.evaluate.report import ReportInput, write_report
 from llamaweft.export.hf import export_merged
-from llamaweft.files import need_disk, write_text
+from llamaweft.files import (
+    check_recorded,
+    digests,
+    flush,
+    forget,
+    need_disk,
+    put_back,
+    record,
+    recorded,
+    take_place,
+    write_recorded,
+)
 from llamaweft.forgetting import build_guard
 from llamaweft.judge import Judge, Progress
 from llamaweft.model.folder import base_name
@@ -46,17 +57,24 @@ from llamaweft.plan.plan import Plan
 from llamaweft.plan.whole import Whole
 from llamaweft.planning import plan_run
 from llamaweft.recipe import Recipe
-from llamaweft.runtime import environment, seed_everything
+from llamaweft.runtime import seed_everything
 from llamaweft.settings import Evaluation
-from llamaweft.train.checkpoint import STATE, LoopState, complete_checkpoints
-from llamaweft.train.events import Announcer, Listener, StopRequest
-from llamaweft.train.in_backward import InBackward
-from llamaweft.train.loop import (
-    COMPLETE,
-    Loop,
-    Settings,
-    exhausted,
+from llamaweft.train.checkpoint import (
+    STATE,
+    LoopState,
+    complete_checkpoints,
+    set_damaged_aside,
 )
+from llamaweft.train.events import (
+    Announcer,
+    Event,
+    InterruptedByRequest,
+    Listener,
+    StopRequest,
+)
+from llamaweft.train.guard import GuardSettings
+from llamaweft.train.in_backward import InBackward
+from llamaweft.train.loop import COMPLETE, Loop, exhausted
 from llamaweft.train.metrics import MetricsFile, read_metrics
 from llamaweft.train.optim import (
     build_optimizer,
@@ -66,8 +84,10 @@ from llamaweft.train.optim import (
     trained_parameters,
 )
 from llamaweft.train.overfitting import OverfittingWatch, find_overfitting
+from llamaweft.train.quarantine import QuarantineFile, said_of
 from llamaweft.train.run_folder import RunFolder, read_json, write_json
 from llamaweft.train.schedule import LearningRate
+from llamaweft.train.step import Settings
 from llamaweft.train.trackers import Trackers, check_installed
 
 Measuring = Evaluator | HeadEvaluator
@@ -79,6 +99,8 @@ class Pipeline(Pieces):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
         self.run_folder = RunFolder(Path(recipe.output_dir))
+        self.stop = StopRequest()
+        """Asked to stop, training and its measurements end at the next pack or answers."""
         self.untouched: dict[str, Any] | None = None
         """What was measured of the untouched model, once it was."""
 
@@ -116,7 +138,7 @@ class Pipeline(Pieces):
             documents=documents,
             examples=examples,
             tokenizer=self.tokenizer,
-            loss_parts=_loss_parts,
+            loss_parts=self._loss_parts,
             max_rows=measuring.max_rows,
             max_new_tokens=measuring.max_new_tokens,
             micro_batch_tokens=self.recipe.training.micro_batch_tokens,
@@ -127,8 +149,16 @@ class Pipeline(Pieces):
         self, model: LlamaWithHead, documents: list[Document]
     ) -> list[tuple[Tensor, tuple[float, float]]]:
         """What a head says of each document, as `LlamaWithHead.read` gives it."""
+        self.stop.check()
         share = not model.head.reads_all
         return model.read(Pack.from_documents(documents, share=share).to(model.device))
+
+    def _loss_parts(
+        self, model: LlamaForCausalLM, documents: list[Document]
+    ) -> list[tuple[float, float]]:
+        self.stop.check()
+        pack = Pack.from_documents(documents, share=True)
+        return model.sequence_losses(pack.to(model.device))
 
     def check_data(self) -> None:
         """Raises UserError when the audit blocks training (a line for each finding), when no row
@@ -205,9 +235,12 @@ class Pipeline(Pieces):
         """
         began = time.perf_counter()
         folder = self.run_folder
+        self.stop = stop or self.stop
         folder.check_free(resume)
         check_installed(self.recipe.training.report_to)
         check_optimizer_installed(self.recipe.training.optimizer)
+        if resume:
+            self._set_damaged_aside(say)
         if resume and complete_checkpoints(folder.checkpoints):
             self.initial, self.resumes = None, True  # the checkpoint holds what became of it
         elif self.initial is not None:
@@ -226,23 +259,43 @@ class Pipeline(Pieces):
         try:
             checkpoint = self._open_folder(plan, resume)
             judge = Judge(self, model, progress)
-            loop = self._loop(model, judge, listeners, stop or StopRequest(), began)
+            loop = self._loop(model, judge, listeners, began)
             judge.state = lambda: loop.state
             if checkpoint is not None:
                 say(f"resuming from {checkpoint.name}")
+                check_recorded(folder.forgetting)
                 judge.guard = build_guard(self, model, folder.forgetting, resumes=True)
                 loop.resume(checkpoint)
                 loop.state.schedule = self.schedule.to_dict()
             elif judge.measures:
                 if before is None or self.general is not None:
                     say("measuring the untouched model")
-                with loop.timed("validation"):
-                    judge.guard = build_guard(self, model, folder.forgetting, resumes=False)
-                    loop.state.before = self.untouched = judge.untouched(before)
+                try:
+                    with loop.timed("validation"):
+                        judge.guard = build_guard(self, model, folder.forgetting, resumes=False)
+                        if judge.guard is not None:
+                            record(folder.forgetting)
+                        loop.state.before = self.untouched = judge.untouched(before)
+                except InterruptedByRequest as request:  # nothing is there yet to go on from
+                    return RunResult(0, str(request))
                 if judge.bounded:  # where no evaluation keeps the budget, nothing learnt is kept
                     self.save_trained(model)
                     loop.state.best_step = 0
             return (yield from self._finish(loop, judge, say))
+        finally:
+            folder.unlock()
+
+    def _set_damaged_aside(self, say: Callable[[str], None]) -> None:
+        """Have a resumed run go on from the newest checkpoint that is sound."""
+        folder = self.run_folder
+        if not folder.holds_run:
+            return
+        folder.lock()
+        try:
+            for kept in (folder.adapter, folder.model):
+                put_back(kept)
+            for problem in set_damaged_aside(folder.checkpoints):
+                say(f"{problem}; going on from the checkpoint before it")
         finally:
             folder.unlock()
 
@@ -251,8 +304,11 @@ class Pipeline(Pieces):
         all that a Schedule says today; kept or recomputed, the numbers are the same."""
         for checkpoint in complete_checkpoints(self.run_folder.checkpoints)[-1:]:
             stored = read_json(checkpoint / STATE).get("schedule")
-            if stored and stored["peak_bytes"] <= self.budget_bytes:
-                self.schedule = Schedule.from_dict(stored) or self.schedule
+            try:
+                if stored and stored["peak_bytes"] <= self.budget_bytes:
+                    self.schedule = Schedule.from_dict(stored) or self.schedule
+            except (KeyError, TypeError):  # one that makes no sense is not gone on with
+                continue
 
     def plan(self) -> Plan:
         """Memory, time and decisions, before the start."""
@@ -271,17 +327,27 @@ class Pipeline(Pieces):
         """Write what a run starts with, or check it against the run that goes on."""
         folder, text = self.run_folder, self.recipe.dump()
         if resume and folder.holds_run:
-            changed = Recipe.load(folder.recipe).changed_keys(Recipe.load_text(text))
-            if changed:
+            check_recorded(folder.recipe)
+            changes = Recipe.load(folder.recipe).changes(Recipe.load_text(text))
+            refused = [str(change) for change in changes if not change.allowed]
+            if refused:
                 raise UserError(
-                    f"--resume goes on with the recipe in {folder.recipe}, and {changed[0]} is "
-                    "different now; change it back, or start a new run in another output_dir"
+                    f"--resume goes on with the recipe in {folder.recipe}, and a run cannot go on "
+                    f"with other values of {'; '.join(refused)}; change them back, or start a new "
+                    "run in another output_dir"
                 )
-        else:
-            write_json(folder.environment, environment(self.runtime))
-            write_json(folder.audit, self.data.audit.to_dict())
-            write_json(folder.plan, plan.to_dict())
-            write_text(folder.recipe, text)
+            for change in changes:
+                if change.key != "output_dir":
+                    self.say(f"going on with {change}, which a resumed run may change")
+        write_recorded(folder.recipe, text)
+        for path, content in (
+            (folder.environment, self.environment(text)),
+            (folder.audit, self.data.audit.to_dict()),
+            (folder.plan, plan.to_dict()),
+        ):
+            if not path.exists():  # else the run was started before
+                write_json(path, content)
+                record(path)
         newest = complete_checkpoints(folder.checkpoints)[-1:]
         return newest[0] if newest else None
 
@@ -290,10 +356,10 @@ class Pipeline(Pieces):
         model: Model,
         judge: Judge,
         listeners: Sequence[Listener],
-        stop: StopRequest,
         began: float,
     ) -> Loop:
         training, measuring = self.recipe.training, self.recipe.evaluation
+        guard, on_cpu = self.recipe.guard, self.runtime.device.type == "cpu"
         parameters = trained_parameters(model)
         ratio = self.recipe.adapter.loraplus_lr_ratio
         total = self.loader.total_steps
@@ -333,10 +399,18 @@ class Pipeline(Pieces):
                 best_metric=measuring.metrics[0] if self.evaluator is not None else None,
                 stops_over_budget=judge.stops_over_budget,
                 max_seconds=training.max_seconds,
+                memory_budget=training.memory_budget if on_cpu else None,
+                guard=GuardSettings(
+                    max_skipped_steps=guard.max_skipped_steps,
+                    goes_back=guard.then == "back",
+                    learning_rate_factor=guard.learning_rate_factor,
+                    max_returns=guard.max_returns,
+                    loss_spike=guard.loss_spike,
+                ),
             ),
             began=began,
             announce=Announcer([*listeners, *self._trackers()]),
-            stop=stop,
+            stop=self.stop,
             device=self.runtime.device,
             state=LoopState(schedule=self.schedule.to_dict()),
         )
@@ -365,9 +439,16 @@ class Pipeline(Pieces):
     ) -> Generator[None, None, RunResult]:
         """Run the loop, judge what it kept, and write evaluation.json and the report."""
         folder = self.run_folder
-        metrics = MetricsFile(folder.metrics, loop.state.step)
+        for grows in folder.growing:
+            check_recorded(grows)
+            forget(grows)
+        state = loop.state
+        metrics = MetricsFile(folder.metrics, state.step, validation_comes=state.validation_due)
         watch = OverfittingWatch(say, read_metrics(folder.metrics))
-        loop.announce.listeners[:0] = [metrics, watch]
+        quarantine = QuarantineFile(
+            folder.quarantine, self._in_quarantine, loop.state.guard.records
+        )
+        loop.announce.listeners[:0] = [metrics, watch, quarantine, _teller(say)]
         try:
             reason = yield from loop.turns()
         finally:
@@ -378,15 +459,24 @@ class Pipeline(Pieces):
             if judge.best is None:  # it was found before a resume, or is the untouched model
                 say("measuring the best weights")
                 self.restore(judge.model)
-                judge.best = judge.measured_with_guard()
+                try:
+                    judge.best = judge.measured_with_guard()
+                except InterruptedByRequest as request:  # the resumed run measures them
+                    return RunResult(loop.state.step, str(request))
             result.evaluation = side_by_side(loop.state.before, judge.best)
             if judge.guard is not None:
                 result.evaluation["forgetting"] = judge.forgotten(reason)
             result.best = judge.best
             write_json(folder.evaluation, result.evaluation)
         if complete:
+            record(*(path for path in folder.growing if path.exists()))
             write_run_report(folder)
         return result
+
+    def _in_quarantine(self, document: Document) -> dict[str, Any]:
+        """What quarantine.jsonl keeps of a document."""
+        text = self.tokenizer.decode(document.ids.tolist())
+        return {"where": document.where, "tokens": len(document.ids), "text": text}
 
     # --- what a run leaves ----------------------------------------------------------------------
 
@@ -400,20 +490,20 @@ class Pipeline(Pieces):
         if self.lora is None:
             export_merged(model, self.tokenizer, aside, "fp32", stop_ids(self.tokenizer))
         else:
-            save_adapter(model, self.lora, base_name(self.recipe.model, self.model_folder), aside)
+            base = base_name(self.recipe.model, self.model_folder)
+            save_adapter(model, self.lora, base, aside, self.model_commit)
             if self.new_tokens is not None:  # their rows mean nothing without their names
                 self.tokenizer.save_pretrained(aside)
-        old = target.with_name(f".{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            target.rename(old)
-        aside.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        flush(aside)
+        with recorded(target, digests(aside, target.name)):
+            take_place(aside, target)
 
     def restore(self, model: Model) -> None:
-        """Load what `save_trained` wrote into a model of this pipeline."""
+        """Load what `save_trained` wrote into a model of this pipeline. Raises UserError where it
+        is damaged."""
         folder = self.run_folder
         if self.lora is None:
+            check_recorded(folder.model)
             copy_weights(folder.model, model)
         else:
             load_adapter_state(model, read_adapter(folder.adapter)[2], str(folder.adapter))
@@ -427,6 +517,7 @@ class Pipeline(Pieces):
                 f"`llamaweft train {shlex.quote(str(folder.recipe))} --resume`"
             )
         if self.trains_all and self.head is None:
+            check_recorded(folder.model)
             return self.load_frozen(folder.model)
         model = self.adapted(self.load_to_train())
         self.restore(model)
@@ -452,6 +543,7 @@ def open_run(name: str | Path) -> Pipeline | None:
     folder = Path(name)
     if not (folder / "recipe.yaml").is_file():
         return None
+    check_recorded(folder / "recipe.yaml")
     recipe = Recipe.load(folder / "recipe.yaml", [f"output_dir={json.dumps(str(folder))}"])
     return Pipeline(recipe)
 
@@ -459,6 +551,7 @@ def open_run(name: str | Path) -> Pipeline | None:
 def write_run_report(folder: RunFolder) -> None:
     """report.html and report.md from the files of a run folder."""
     found = sorted(folder.root.glob("evaluation*.json"))
+    check_recorded(*folder.growing, folder.recipe, folder.environment, folder.audit, folder.plan)
     records = read_metrics(folder.metrics)
     overfits = find_overfitting(records)
     weights = "adapter/" if folder.adapter.exists() else "model/"
@@ -480,5 +573,11 @@ def write_run_report(folder: RunFolder) -> None:
     )
 
 
-def _loss_parts(model: LlamaForCausalLM, documents: list[Document]) -> list[tuple[float, float]]:
-    return model.sequence_losses(Pack.from_documents(documents, share=True).to(model.device))
+def _teller(say: Callable[[str], None]) -> Listener:
+    """A listener that tells what the guard did."""
+
+    def tell(event: Event) -> None:
+        if (said := said_of(event)) is not None:
+            say(said)
+
+    return tell

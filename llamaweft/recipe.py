@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import difflib
 import io
+import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,7 +18,8 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedBase
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
 
 from llamaweft.errors import UserError
 from llamaweft.settings import (
@@ -27,6 +30,7 @@ from llamaweft.settings import (
     Data,
     Evaluation,
     Forgetting,
+    Guard,
     Head,
     Section,
     Training,
@@ -46,12 +50,20 @@ OF_WHOLE_TEXTS = ("sequence_classification", "regression", "question_answering")
 OF_LABELS = ("regression", "reward")
 """Tasks whose targets are numbers or pairs, and no classes."""
 
+MAX_BYTES = 2**20
+MAX_VALUES = 100_000
+MAX_SHOWN = 200
+"""Characters of a wrong value that an error shows."""
+
 
 class Recipe(Section):
     """A run, complete."""
 
     model: str = Field(
-        description="hub id, Hugging Face folder, .gguf file or builtin:smollm2-135m"
+        description="hub id, Hugging Face or Meta folder, .gguf file or builtin:smollm2-135m"
+    )
+    model_revision: str | None = Field(
+        None, description="commit, tag or branch of a hub model; the commit is recorded"
     )
     task: Literal[
         "chat",
@@ -74,6 +86,7 @@ class Recipe(Section):
     forgetting: Forgetting | None = Field(
         None, description="measuring what is forgotten; null: not measured"
     )
+    guard: Guard = Field(Guard(), description="steps that would harm the model")
     parallel: Literal["auto"] = Field("auto", description="auto: one process")
     output_dir: str = Field("runs/run", description="the run folder")
 
@@ -151,11 +164,18 @@ class Recipe(Section):
         """
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
+            with path.open("rb") as file:
+                content = file.read(MAX_BYTES + 1)
+            text = content.decode()
         except FileNotFoundError:
             raise UserError(f"there is no recipe {path}; give the path of a YAML file") from None
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"the recipe {path} cannot be read: {error}") from None
+        if len(content) > MAX_BYTES:
+            raise UserError(
+                f"the recipe {path} has more than {MAX_BYTES // 2**20} MiB; give the recipe, not "
+                "its data"
+            )
         return cls.load_text(text, str(path), overrides)
 
     @classmethod
@@ -183,13 +203,13 @@ class Recipe(Section):
         values = _flat(self.model_dump(mode="json"))
         return {key: value for key, value in values.items() if value is not None}
 
-    def changed_keys(self, other: Recipe) -> list[str]:
-        """Dotted keys that differ and would make a resumed run another run."""
+    def changes(self, other: Recipe) -> list[Change]:
+        """The keys that differ, and whether a resumed run may have the other's value."""
         ours, theirs = (_flat(recipe.model_dump(mode="json")) for recipe in (self, other))
         return [
-            key
+            Change(key, ours.get(key), theirs.get(key), key.startswith(_FREE_ON_RESUME))
             for key in sorted(ours.keys() | theirs.keys())
-            if ours.get(key) != theirs.get(key) and not key.startswith(_FREE_ON_RESUME)
+            if ours.get(key) != theirs.get(key)
         ]
 
     def overridden(self, changes: dict[str, str]) -> Recipe:
@@ -228,6 +248,8 @@ class Recipe(Section):
                 tree["evaluation"] = {"every_steps": every}
         for key in self.forgetting.ignored if self.forgetting is not None else ():
             del tree["forgetting"][key]
+        for key in self.guard.ignored:
+            del tree["guard"][key]
         stream = io.StringIO()
         _yaml("safe").dump(tree, stream)
         return stream.getvalue()
@@ -240,8 +262,23 @@ _FREE_ON_RESUME = (
     "training.report_to",
     "training.memory_budget",
     "training.max_seconds",
+    "guard.",
 )
-"""Keys that a resumed run may change: the steps stay the same."""
+"""Keys that a resumed run may change: its steps stay the same, but for those that the guard leaves
+out."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key of two recipes with its values. allowed: whether a run may go on with the new one."""
+
+    key: str
+    old: Any
+    new: Any
+    allowed: bool
+
+    def __str__(self) -> str:
+        return f"{self.key}: {json.dumps(self.old)} -> {json.dumps(self.new)}"
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -262,19 +299,63 @@ def _yaml(kind: str) -> YAML:
 
 
 def _absolute(path: str | None) -> str | None:
-    return str(Path(path).resolve()) if path and Path(path).exists() else path
+    try:
+        return str(Path(path).resolve()) if path and Path(path).exists() else path
+    except OSError:  # a name that no file could have
+        return path
 
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return _yaml("rt").load(text)
+        if ("!" in text or "*" in text) and (problem := _no_plain_tree(text)):
+            raise UserError(f"{where} {problem}")
+        tree = _yaml("rt").load(text)
+        if _values_within(tree, MAX_VALUES) > MAX_VALUES:
+            raise UserError(
+                f"{where} unfolds to more than {MAX_VALUES:,} values by its aliases; write them out"
+            )
+        return tree
+    except UserError:
+        raise
     except MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         problem = " ".join(str(error.problem).split())
         raise UserError(f"{where}{line} is not valid YAML: {problem}") from None
-    except (YAMLError, ValueError) as error:
-        first = (str(error).splitlines() or [""])[0]
+    except RecursionError:
+        raise UserError(f"{where} is nested too deeply; mend its brackets") from None
+    except Exception as error:  # the parser raises whatever broken text leads it to
+        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{where} is not valid YAML: {first}") from None
+
+
+def _no_plain_tree(text: str) -> str | None:
+    """What in a YAML text is more than a tree of plain values: a tag, as one of Python's objects
+    has, or an alias inside of what it stands for. None for nothing."""
+    inside: list[str | None] = []
+    for event in _yaml("rt").parse(text):
+        tag, anchor = getattr(event, "tag", None), getattr(event, "anchor", None)
+        if tag is not None:
+            return f"has the tag {tag}; a recipe holds plain values, so remove it"
+        if isinstance(event, AliasEvent) and anchor in inside:
+            return f"has the alias *{anchor} inside of what it stands for; write it out"
+        if isinstance(event, CollectionStartEvent):
+            inside.append(anchor)
+        elif isinstance(event, CollectionEndEvent):
+            inside.pop()
+    return None
+
+
+def _values_within(tree: Any, limit: int) -> int:
+    """Keys and values of a tree, as often as they stand in it; counting ends above `limit`."""
+    count, waiting = 0, [tree]
+    while waiting and count <= limit:
+        value = waiting.pop()
+        count += 1
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list | set | tuple):
+            waiting += value
+    return count
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -335,7 +416,11 @@ def _sentence(detail: ErrorDetails, name: str) -> str:
             return f"{name}: {message}" if name else message
         case _:
             message = detail["msg"][0].lower() + detail["msg"][1:]
-            return f"{name}: {message} (it is {detail['input']!r})"
+            return f"{name}: {message} (it is {_shortened(repr(detail['input']))})"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _keys_of(detail: ErrorDetails, tree: Any) -> list[str | int]:

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from llamaweft.shown import without_secret
+
 ANSWERS = (
     *("exact_match", "f1", "json_valid", "field_f1"),
     *("rouge1", "rouge2", "rougeL", "bleu", "chrf"),
@@ -105,10 +107,13 @@ Shape = Literal[
 ]
 
 
+Place = Annotated[str, AfterValidator(without_secret)]
+
+
 class Rows(Section):
     """Where rows come from and how they are read."""
 
-    path: str | list[str] | None = Field(
+    path: Place | list[Place] | None = Field(
         None, description="file, folder, glob or web address of rows, or a list of them"
     )
     hub: str | None = Field(None, description="data set on a hub: owner/name")
@@ -217,7 +222,7 @@ class NearDuplicates(Step):
 
 class Leakage(Step):
     step: Literal["leakage"]
-    against: str = Field("validation", description="validation, or a file of rows")
+    against: Place = Field("validation", description="validation, or a file of rows")
     ngram: int = Field(13, ge=2, description="words in a row that count as the same text")
 
 
@@ -488,6 +493,36 @@ class Evaluation(Section):
     )
     max_rows: int = Field(200, ge=1, description="held-out rows used for answers, at most")
     max_new_tokens: int = Field(256, ge=1, description="longest answer in tokens")
+
+
+class Guard(Section):
+    """Steps that would harm the model: found before they are taken, left out, their rows named."""
+
+    max_skipped_steps: int = Field(3, ge=1, description="steps left out in a row before `then`")
+    then: Literal["back", "stop"] = Field(
+        "back", description="back: to the last good checkpoint, at a lower rate; stop: the run ends"
+    )
+    learning_rate_factor: float = Field(
+        0.5, gt=0, lt=1, description="what the learning rate is multiplied by on going back"
+    )
+    max_returns: int = Field(3, ge=1, description="times it goes back before the run ends")
+    loss_spike: float | None = Field(
+        None,
+        gt=0,
+        description="standard deviations above its running mean at which a loss is left out too",
+    )
+
+    @property
+    def ignored(self) -> list[str]:
+        """Keys that say nothing beside the others."""
+        return ["learning_rate_factor", "max_returns"] if self.then == "stop" else []
+
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> Guard:
+        for key in self.ignored:
+            if key in self.model_fields_set:
+                raise ValueError(f"{key} would be ignored beside then: stop; remove one of them")
+        return self
 
 
 GENERAL_PROMPTS, AREAS = 210, 5

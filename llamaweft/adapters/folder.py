@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from llamaweft.adapters.lora import DoraLinear, LoraConfig, PissaLinear, lora_la
 from llamaweft.adapters.token_rows import INDICES, token_indices, token_rows
 from llamaweft.adapters.whole import modules_to_save, peft_names
 from llamaweft.errors import UserError
+from llamaweft.files import check_recorded
 from llamaweft.weights.grown import ROWS
 
 HEADS = ("score", "qa_outputs")
@@ -60,6 +63,10 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor], where: str) -
                 f"{where}: {name} has shape {tuple(state[name].shape)}, this model needs "
                 f"{tuple(tensor.shape)}; use the base model it was trained on"
             )
+        if not state[name].is_floating_point():
+            raise UserError(
+                f"{where}: {name} holds {state[name].dtype}; take the adapter's own file"
+            )
         first = filled.setdefault(tensor.data_ptr(), name)
         if not torch.equal(state[first], state[name]):
             raise UserError(
@@ -73,9 +80,11 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor], where: str) -
             layer.unstack(*(state[f"base_model.model.{name}.{half}"] for half in _PAIR))
 
 
-def save_adapter(model: nn.Module, config: LoraConfig, base: str, folder: Path) -> None:
+def save_adapter(
+    model: nn.Module, config: LoraConfig, base: str, folder: Path, revision: str | None = None
+) -> None:
     """Write the adapter folder. `base`: absolute path or hub id of the base model, which PEFT
-    opens under `base_model_name_or_path`."""
+    opens under `base_model_name_or_path`; revision: its commit on the hub."""
     config = config.saved
     folder.mkdir(parents=True, exist_ok=True)
     state, seen = {}, set[int]()
@@ -88,6 +97,7 @@ def save_adapter(model: nn.Module, config: LoraConfig, base: str, folder: Path) 
         "peft_type": "LORA",
         "task_type": getattr(model, "peft_task", "CAUSAL_LM"),
         "base_model_name_or_path": base,
+        "revision": revision,
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
@@ -107,13 +117,16 @@ def save_adapter(model: nn.Module, config: LoraConfig, base: str, folder: Path) 
 def read_adapter(folder: Path) -> tuple[LoraConfig, str, dict[str, Tensor]]:
     """The config, the base model's name and the tensors of an adapter folder.
 
-    Raises UserError when it is missing, damaged, or of a kind that is not built here.
+    Raises UserError when it is missing, damaged (in a run folder, which has the checksums), or of a
+    kind that is not built here.
     """
+    check_recorded(folder)
     try:
         content = json.loads((folder / CONFIG).read_text())
         state = load_file(folder / WEIGHTS)
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise UserError(f"the adapter {folder} cannot be read: {error}") from None
+    _check_kinds(content, folder)
     refused = [
         f"{key}: {content[key]!r}"
         for key, plain in _PLAIN.items()
@@ -137,6 +150,27 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, str, dict[str, Tensor]]:
         modules_to_save=_whole_modules(state),
     )
     return config, content["base_model_name_or_path"], state
+
+
+def base_revision(folder: Path) -> str | None:
+    """The commit, tag or branch of the base model that an adapter folder names, if it does."""
+    revision = json.loads((folder / CONFIG).read_text()).get("revision")
+    return str(revision) if revision else None
+
+
+def _check_kinds(content: Any, folder: Path) -> None:
+    """Raises UserError where a value of adapter_config.json that is used is of another kind."""
+    if not isinstance(content, dict):
+        raise UserError(f"{folder / CONFIG} is no object; take the adapter's own file")
+    for key, (kind, needed, fits) in _KINDS.items():
+        value = content.get(key)
+        if value is None and not needed:
+            continue
+        if not isinstance(value, kind) or not fits(value):
+            raise UserError(
+                f"{folder / CONFIG} has {key}: {str(value)[:100]!r}, which makes no sense; take "
+                "the adapter's own file"
+            )
 
 
 def _whole_modules(state: dict[str, Tensor]) -> tuple[str, ...]:
@@ -170,6 +204,23 @@ def _in_recipe(config: LoraConfig) -> dict[str, Any]:
         "modules_to_save": sorted(config.modules_to_save),
     }
 
+
+_Fits = Callable[[Any], bool]
+_ANY: _Fits = lambda value: True  # noqa: E731
+_KINDS: dict[str, tuple[type | tuple[type, ...], bool, _Fits]] = {
+    "r": (int, True, lambda r: 1 <= r < 2**31 and r is not True),
+    "lora_alpha": ((int, float), True, lambda alpha: 0 < alpha < math.inf and alpha is not True),
+    "lora_dropout": ((int, float), False, lambda share: 0 <= share < 1),
+    "use_rslora": (bool, False, _ANY),
+    "use_dora": (bool, False, _ANY),
+    "base_model_name_or_path": (str, True, bool),
+    "target_modules": (
+        (list, str),
+        True,
+        lambda names: bool(names) and all(isinstance(name, str) for name in names),
+    ),
+}
+"""Of each key: its kind, whether it must be there, and what its value must be."""
 
 _PAIR = ("lora_A.weight", "lora_B.weight")
 

@@ -118,7 +118,7 @@ def _write_tensor(
         offsets[part] += len(raw)
 
     scales: list[Tensor] = []
-    for chunk in source.chunks(_rows_at_once(source.shape)):
+    for chunk in source.chunks(rows_at_once(source.shape)):
         if codec in PLAIN:
             put("values", chunk.to(PLAIN[codec]))
             continue
@@ -134,7 +134,8 @@ def _write_tensor(
     return {part: state.hexdigest() for part, state in hashes.items()}
 
 
-def _rows_at_once(shape: tuple[int, ...]) -> int:
+def rows_at_once(shape: tuple[int, ...]) -> int:
+    """Rows of a tensor of this shape that are converted at once."""
     row_bytes = 4 * (shape[1] if len(shape) > 1 else 1)
     return max(1, CHUNK_BYTES // row_bytes)
 

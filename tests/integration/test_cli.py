@@ -215,7 +215,7 @@ def test_export_to_peft(run: Path, tmp_path: Path) -> None:
 
 
 def test_the_proof_sees_a_changed_adapter(run: Path, tmp_path: Path, monkeypatch) -> None:
-    from llamaweft import subject
+    from llamaweft import exports, subject
     from llamaweft.adapters.lora import lora_layers
     from llamaweft.errors import RunError
 
@@ -225,8 +225,8 @@ def test_the_proof_sees_a_changed_adapter(run: Path, tmp_path: Path, monkeypatch
         real(model, *arguments)
         layer.lora_B.data.sub_(0.01)
 
-    real = subject.save_adapter
-    monkeypatch.setattr(subject, "save_adapter", save_another)
+    real = exports.save_adapter
+    monkeypatch.setattr(exports, "save_adapter", save_another)
     with pytest.raises(RunError, match="answers differently"):
         subject.export_run(run / "run", "peft", tmp_path / "out")
 

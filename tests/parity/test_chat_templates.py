@@ -18,6 +18,7 @@ from llamaweft.data.chat import Document, Encoder
 from llamaweft.data.example import Example
 from llamaweft.errors import UserError
 from llamaweft.model.tokenizer import load_tokenizer, set_chat_template
+from llamaweft.templates.render import TemplateRefusedError, renderer
 
 TEMPLATES = Path(find_spec("trl").origin).parent / "chat_templates"
 MARKED = sorted(path.stem for path in TEMPLATES.glob("*_training.jinja"))
@@ -229,3 +230,31 @@ def test_llama3_1_writes_functions_as_published_and_results_as_meta(meta):
     assert said == (
         '{"name": "weather", "parameters": {"city": "Köln"}}<|eot_id|>No, 9 degrees.<|eot_id|>'
     )
+
+
+@pytest.mark.parametrize("path", sorted(TEMPLATES.glob("*.jinja")), ids=lambda path: path.stem)
+def test_a_text_is_the_one_that_transformers_writes(path: Path, tokenizer) -> None:
+    """For every template of trl: the same characters, or both refuse."""
+    template = path.read_text(encoding="utf-8")
+    variables = dict(tokenizer.special_tokens_map)
+    compared = 0
+    for example in examples():
+        chat, tools = list(example.messages), list(example.tools) or None
+        for prompt in (False, True):
+            asked = {"tools": tools, "variables": variables, "prompt": prompt}
+            try:
+                expected = tokenizer.apply_chat_template(
+                    chat,
+                    tools=tools,
+                    chat_template=template,
+                    add_generation_prompt=prompt,
+                    tokenize=False,
+                )
+            except Exception:
+                with pytest.raises(TemplateRefusedError):
+                    renderer().render(template, [chat], **asked)
+                continue
+            (written,) = renderer().render(template, [chat], **asked)
+            assert written.text == expected
+            compared += 1
+    assert compared or path.stem.removesuffix("_training") == "llava_next"

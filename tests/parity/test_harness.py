@@ -237,3 +237,19 @@ def test_what_begins_alike_is_computed_once(
     computed.clear()
     ours.loglikelihood(_requests("loglikelihood", *((c, f"{word} fine") for c, word in choices)))
     assert tokens < sum(computed) <= tokens + 4 * 8
+
+
+@pytest.mark.parametrize("said", ["The answer is", " spaces \n", "twice twice", ""])
+def test_a_message_that_goes_on_is_written_as_transformers_writes_it(
+    ours: HarnessModel, said: str
+) -> None:
+    for before in ([], [{"role": "system", "content": "Be brief."}]):
+        chat = [
+            *before,
+            {"role": "user", "content": "twice The answer is"},
+            {"role": "assistant", "content": said},
+        ]
+        expected = ours.tokenizer.apply_chat_template(
+            chat, tokenize=False, continue_final_message=True
+        )
+        assert ours.apply_chat_template(chat, add_generation_prompt=False) == expected

@@ -115,12 +115,22 @@ def test_a_missing_file_is_told(tmp_path: Path) -> None:
         Recipe.load(tmp_path / "none.yaml")
 
 
-def test_changed_keys_ignore_what_does_not_change_the_steps(tmp_path: Path) -> None:
+def test_changes_say_what_a_resumed_run_may_change(tmp_path: Path) -> None:
+    """What changes no step may change; all that differs is named, with both values."""
     recipe = load(MINIMAL, tmp_path)
-    same = load(MINIMAL, tmp_path, "output_dir=b", "training.save_total_limit=9")
-    other = load(MINIMAL, tmp_path, "training.learning_rate=1")
-    assert recipe.changed_keys(same) == []
-    assert recipe.changed_keys(other) == ["training.learning_rate"]
+    assert recipe.changes(recipe) == []
+    same = load(MINIMAL, tmp_path, "training.save_total_limit=9", "guard.max_skipped_steps=5")
+    assert [(change.key, change.allowed) for change in recipe.changes(same)] == [
+        ("guard.max_skipped_steps", True),
+        ("training.save_total_limit", True),
+    ]
+    other = load(MINIMAL, tmp_path, "training.learning_rate=1", "training.max_steps=7")
+    changes = recipe.changes(other)
+    assert [str(change) for change in changes] == [
+        "training.learning_rate: 0.0002 -> 1.0",
+        "training.max_steps: null -> 7",
+    ]
+    assert not any(change.allowed for change in changes)
 
 
 def test_every_key_is_described() -> None:
