@@ -105,7 +105,7 @@ class Trained(Given):
         if base != ours:
             raise UserError(
                 f"adapter.init_from: {folder} was trained on {base}, and model is {ours}; set "
-                f"model: {base}, or where they are the same, say so in {folder / CONFIG}"
+                f"model: {base}, or where they are the same, say so in the {CONFIG} of a copy"
             )
         return folder, state
 

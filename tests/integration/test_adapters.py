@@ -119,8 +119,9 @@ def test_an_adapter_of_another_base_or_none_is_refused(recipe_tree: dict, tmp_pa
     recipe_tree["model"] = str(other)
     with pytest.raises(UserError, match=r"was trained on .*set model: "):
         trained(recipe_tree, init_from=str(tmp_path / "run/adapter"))
-    config = tmp_path / "run/adapter/adapter_config.json"
-    content = json.loads(config.read_text())
-    config.write_text(json.dumps(content | {"target_modules": "all-linear"}))
+    copy = shutil.copytree(tmp_path / "run/adapter", tmp_path / "copy")
+    content = json.loads((copy / "adapter_config.json").read_text())
+    content["target_modules"] = "all-linear"
+    (copy / "adapter_config.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"a pattern"):
-        trained(recipe_tree)
+        trained(recipe_tree, init_from=str(copy))
