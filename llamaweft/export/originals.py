@@ -16,7 +16,7 @@ from llamaweft.model.folder import TensorFile, checked_tensors, read_config
 from llamaweft.model.llama import LlamaForCausalLM, Model, empty_causal_lm
 from llamaweft.model.stores import own_codec
 from llamaweft.weights.codecs import PLAIN
-from llamaweft.weights.frozen import FrozenWeight
+from llamaweft.weights.frozen import FrozenWeight, Scratch
 from llamaweft.weights.grown import GrownWeight
 from llamaweft.weights.linear import Embedding, Linear
 from llamaweft.weights.stream import Resident
@@ -75,26 +75,29 @@ def hold_originals(model: Model, tensors: dict[str, TensorFile]) -> None:
     magnitudes mean what they mean to peft on the same base."""
     model.cpu()
     model.model.stream = Resident()
+    scratch = Scratch()  # one for all: each keeps what its largest rows took
     for name, module in model.named_modules():
         if isinstance(module, Linear | Embedding) and name != "lm_head":
-            _hold(module, name, tensors)
+            _hold(module, name, tensors, scratch)
     if isinstance(model, LlamaForCausalLM):
         if model.config.tie_word_embeddings:
             model.tie_weights()
         else:
-            _hold(model.lm_head, "lm_head", tensors)
+            _hold(model.lm_head, "lm_head", tensors, scratch)
     for module in model.modules():
         if isinstance(module, DoraLinear):
             module.take_norms()
 
 
-def _hold(module: Linear | Embedding, name: str, tensors: dict[str, TensorFile]) -> None:
+def _hold(
+    module: Linear | Embedding, name: str, tensors: dict[str, TensorFile], scratch: Scratch
+) -> None:
     weight = module.weight
     if isinstance(weight, GrownWeight):
-        base = _mapped(tensors[_in_files(name)])
+        base = _mapped(tensors[_in_files(name)], scratch)
         module.hold_grown(GrownWeight(base, weight.span.start, weight.new_NE))
     elif isinstance(weight, FrozenWeight):
-        module.hold(_mapped(tensors[_in_files(name)]))
+        module.hold(_mapped(tensors[_in_files(name)], scratch))
 
 
 def _in_files(name: str) -> str:
@@ -103,8 +106,8 @@ def _in_files(name: str) -> str:
     return f"{causal}.weight"
 
 
-def _mapped(tensor: TensorFile) -> FrozenWeight:
+def _mapped(tensor: TensorFile, scratch: Scratch) -> FrozenWeight:
     """A matrix as it is in its file. Both plain codecs read whatever dtype they hold."""
     values = tensor.mapped()
     codec = "fp32" if tensor.dtype == "F32" else "bf16"
-    return FrozenWeight(codec, tensor.shape, {"values": values})
+    return FrozenWeight(codec, tensor.shape, {"values": values}, scratch=scratch)

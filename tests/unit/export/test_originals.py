@@ -24,6 +24,7 @@ from llamaweft.model.init import init_random
 from llamaweft.model.load import load_causal_lm
 from llamaweft.model.new_tokens import NewTokens, grow
 from llamaweft.runtime import anon_bytes
+from llamaweft.weights.linear import Embedding, Linear
 
 KINDS = {
     "lora": LoraConfig(r=4, lora_alpha=8),
@@ -157,3 +158,12 @@ def test_originals_are_mapped_and_take_no_memory(tmp_path: Path) -> None:
     held = tensor.mapped()
     assert float(held.sum()) == 4096 * 4096
     assert anon_bytes() - before < 16 * 2**20
+
+
+def test_all_originals_decode_into_one_buffer(tiny_folder: Path) -> None:
+    """Each would keep what its largest rows took: of an 8B as much as the model itself."""
+    model = adapted(tiny_folder, "nf4", "lora")
+    hold_originals(model, originals(tiny_folder))
+    held = [m.weight for m in model.modules() if isinstance(m, Linear | Embedding)]
+    assert len(held) > 10
+    assert len({id(weight._scratch) for weight in held}) == 1
