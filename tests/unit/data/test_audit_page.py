@@ -152,7 +152,8 @@ def test_the_page_loads_nothing_and_runs_its_own_script_only(tmp_path):
     script = html.split("<script>")[1].split("</script>")[0]
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', html)[1]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    allowed = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    assert policy == f"{allowed}; base-uri 'none'; form-action 'none'"
 
 
 def test_equal_pages_are_equal_files(tmp_path):
