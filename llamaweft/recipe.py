@@ -294,6 +294,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 def _yaml(kind: str) -> YAML:
     yaml = YAML(typ=kind, pure=True)
     yaml.default_flow_style = False
+    yaml.width = 2**31  # a text with control characters does not survive being folded
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     return yaml
 

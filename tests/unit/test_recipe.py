@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -154,3 +155,11 @@ def test_every_key_is_described() -> None:
 )
 def test_sizes(text: object, count: int) -> None:
     assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("length", range(40, 90))
+def test_long_names_with_control_characters_come_back(length: int, tmp_path: Path) -> None:
+    """Wherever a line of the dump would be folded."""
+    name = f"/{'a' * length}/\x1b[31m<img src=x onerror=alert(1)>[red]a"
+    recipe = load(MINIMAL, tmp_path, f"output_dir={json.dumps(name)}")
+    assert Recipe.load_text(recipe.dump()).output_dir == name
