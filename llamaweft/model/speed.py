@@ -115,7 +115,8 @@ def _head_seconds(
     """Seconds for a label, from a part of the vocabulary."""
     rows = min(config.vocab_size, HEAD_ROWS)
     head = CausalLMHead(config.hidden_size, rows).to(device)
-    value = torch.randn(rows, config.hidden_size)
+    # Small, as real logits are: the exponentials of large ones would be too small for fast numbers.
+    value = torch.randn(rows, config.hidden_size) * config.initializer_range
     if codec is None:
         head.hold(nn.Parameter(value.to(device)))
     else:
