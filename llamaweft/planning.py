@@ -12,10 +12,11 @@ from llamaweft.model.speed import layer_seconds
 from llamaweft.pieces.mean_pack import mean_pack
 from llamaweft.pieces.pieces import Pieces
 from llamaweft.plan.devices import REACHED, Device
+from llamaweft.plan.flops import middle_layer_flops
 from llamaweft.plan.hardware import matmul_flops_per_second, traffic_bytes_per_second
 from llamaweft.plan.memory import MLP_TILE_TOKENS
 from llamaweft.plan.plan import Plan, make_plan
-from llamaweft.plan.shapes import LINEARS, linear_weights, sizes
+from llamaweft.plan.shapes import LINEARS, sizes
 from llamaweft.plan.time import Speed, StepWork
 from llamaweft.recipe import Recipe
 from llamaweft.runtime import COMPUTE_DTYPES, Runtime
@@ -124,7 +125,7 @@ def speed_of_layers(pieces: Pieces) -> Speed:
     some of the run's own documents."""
     runtime, config, size = pieces.runtime, pieces.config, sizes(pieces.config)
     pieces.settle_memory()
-    most = int(LAYER_FLOPS / (4.0 * sum(linear_weights(config).values())))
+    most = int(LAYER_FLOPS / middle_layer_flops(config, 1, frozen_base=True))
     pack, squares, labels = mean_pack(pieces, max(most, 16))
     layer = layer_seconds(
         config,
@@ -140,8 +141,7 @@ def speed_of_layers(pieces: Pieces) -> Speed:
         predicts_tokens=pieces.head is None,
     )
     pieces.ran_a_layer()
-    passes = 3 if pieces.trains_all else 2
-    flops = passes * 2.0 * pack.tokens * sum(linear_weights(config).values())
+    flops = middle_layer_flops(config, pack.tokens, frozen_base=not pieces.trains_all)
     shape = (min(pack.tokens, MLP_TILE_TOKENS), size["hidden"], min(size["inner"], 1024))
     plain = matmul_flops_per_second(runtime.device, runtime.compute_dtype, shape, 0.1)
     traffic = traffic_bytes_per_second(runtime.device, 0.1)

@@ -184,9 +184,9 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 continue
             # weight (softmax - onehot), the division and the weight left to each tile below.
             grad_VC.scatter_add_(0, target_C[None], (smoothing - 1) * sum_1C)
-            for part_VC in grad_VC.split(CACHED_ROWS) if grad_NE is None else ():
-                _scaled(part_VC, sum_1C, weight_C, smoothing / len(grad_VC))
-            if grad_NE is not None:
+            if grad_NE is None:
+                _scaled(grad_VC, sum_1C, weight_C, smoothing / len(grad_VC))
+            else:
                 grad_NE[rows] = _back_to_hidden(
                     grad_VC, sum_1C, weight_C, smoothing, weight, hidden_NE.dtype
                 )

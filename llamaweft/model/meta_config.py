@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llamaweft.errors import UserError
-from llamaweft.model.presets import LlamaConfig
+from llamaweft.model.presets import LlamaConfig, llama3_scaling
 
 PARAMS = "params.json"
 OF_THE_PROGRAM = ("max_batch_size", "max_seq_len")
@@ -76,7 +76,7 @@ def meta_config(
         "num_key_value_heads": _whole(params, "n_kv_heads", path, heads),
         "rms_norm_eps": eps,
         "rope_theta": theta,
-        "rope_scaling": _scaling(32.0 if tied else 8.0) if scaled else None,
+        "rope_scaling": llama3_scaling(32.0 if tied else 8.0) if scaled else None,
         "max_position_embeddings": _context(vocab_size, scaled, theta, eps),
         "tie_word_embeddings": tied,
         "bos_token_id": begin_id,
@@ -127,17 +127,6 @@ def _number(params: dict[str, Any], key: str, path: Path, default: float | None)
             "take the model's own params.json"
         )
     return float(value)
-
-
-def _scaling(factor: float) -> dict[str, Any]:
-    """Llama 3.1's scaling of the rotary frequencies, of which Meta's file says only that it is."""
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
 
 
 def _context(vocab_size: int, scaled: bool, theta: float, eps: float) -> int:

@@ -242,7 +242,8 @@ def _rope(data: dict[str, Any], where: str) -> tuple[float, dict[str, Any] | Non
     return theta, {"rope_type": kind, **numbers}
 
 
-def _llama3_scaling(factor: float) -> dict[str, Any]:
+def llama3_scaling(factor: float) -> dict[str, Any]:
+    """Llama 3.1's scaling of the rotary frequencies, as config.json writes it."""
     return {
         "rope_type": "llama3",
         "factor": factor,
@@ -273,7 +274,7 @@ PRESETS = {
         num_attention_heads=32,
         num_key_value_heads=8,
         rope_theta=500000.0,
-        rope_scaling=_llama3_scaling(8.0),
+        rope_scaling=llama3_scaling(8.0),
         max_position_embeddings=131072,
         bos_token_id=128000,
         eos_token_id=[128001, 128008, 128009],
@@ -286,7 +287,7 @@ PRESETS = {
         num_attention_heads=32,
         num_key_value_heads=8,
         rope_theta=500000.0,
-        rope_scaling=_llama3_scaling(32.0),
+        rope_scaling=llama3_scaling(32.0),
         max_position_embeddings=131072,
         tie_word_embeddings=True,
         bos_token_id=128000,
@@ -300,7 +301,7 @@ PRESETS = {
         num_attention_heads=24,
         num_key_value_heads=8,
         rope_theta=500000.0,
-        rope_scaling=_llama3_scaling(32.0),
+        rope_scaling=llama3_scaling(32.0),
         max_position_embeddings=131072,
         tie_word_embeddings=True,
         bos_token_id=128000,

@@ -45,6 +45,11 @@ def training_flops(
     return 2.0 * count
 
 
+def middle_layer_flops(config: LlamaConfig, computed_tokens: int, *, frozen_base: bool) -> float:
+    """FLOPs of the base matmuls of a layer that is neither the first nor the last, in one step."""
+    return 2.0 * (2 if frozen_base else 3) * computed_tokens * sum(linear_weights(config).values())
+
+
 def layer_flops(config: LlamaConfig, computed_tokens: int, labels: int) -> float:
     """FLOPs of the base matmuls of all layers in one forward pass."""
     layers = range(config.num_hidden_layers)

@@ -13,14 +13,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from llamaweft.plan.flops import layer_flops, training_flops
+from llamaweft.plan.flops import layer_flops, middle_layer_flops, training_flops
 from llamaweft.plan.memory import (
     Schedule,
     Workload,
     most_recomputed_share,
     trained_parameter_count,
 )
-from llamaweft.plan.shapes import LINEARS, linear_weights, sizes
+from llamaweft.plan.shapes import LINEARS, sizes
 from llamaweft.plan.whole import Whole
 
 ATTENTION_SHARE, NARROW_SHARE = 0.4, 0.5
@@ -144,9 +144,9 @@ def _by_layers(
     both count by their share of the base's products.
     """
     config, tokens, labels = work.config, int(step.tokens), int(step.labels)
-    passes = 3 if work.trains_all else 2
-    products = training_flops(config, tokens, labels, frozen_base=not work.trains_all, outputs=0)
-    one = passes * 2.0 * tokens * sum(linear_weights(config).values())
+    frozen = not work.trains_all
+    products = training_flops(config, tokens, labels, frozen_base=frozen, outputs=0)
+    one = middle_layer_flops(config, tokens, frozen_base=frozen)
     packs = tokens / layer.tokens
     most = most_recomputed_share(work)
     again = schedule.recomputed_share / most if most else 0.0

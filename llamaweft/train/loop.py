@@ -198,17 +198,18 @@ class Loop(Stepper):
 
     def _validate(self) -> None:
         """Measure, and judge the weights by it; a stop request leaves it for the resumed run."""
+        if self.evaluator is None:
+            self.state.validation_due = False
+            return
         random = random_state()
         try:
-            metrics = {} if self.evaluator is None else self.evaluator()
+            metrics = self.evaluator()
         except InterruptedByRequest:
             restore_random_state(random)
             return
         finally:
             self.model.train()
         self.state.validation_due = False
-        if self.evaluator is None:
-            return
         value = self._first(metrics)
         within = self.within_budget(metrics)
         best = within and self._gain(value, self.state.best_value) > 0

@@ -69,35 +69,33 @@ def test_every_product_is_made_once_forward_once_backward_and_what_is_not_kept_a
     assert counted[:2] == [(7, 7), (7 + 6, 7)]
 
 
-def test_the_adapter_is_in_it_and_gets_its_gradient(pack: Pack, monkeypatch) -> None:
+@pytest.fixture
+def gradients(monkeypatch) -> list[int]:
+    """How many parameters have one, each time that they are forgotten."""
+    counted: list[int] = []
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "zero_grad",
+        lambda self, set_to_none=True: counted.append(
+            sum(p.grad is not None for p in self.parameters())
+        ),
+    )
+    return counted
+
+
+def test_the_adapter_is_in_it_and_gets_its_gradient(pack: Pack, gradients: list[int]) -> None:
     models: list = []
 
     def adapt(model) -> None:
         inject(model, LoraConfig(4, 8, 0.0, False, LAYER_LINEARS))
         models.append(model)
 
-    gradients: list[int] = []
-    monkeypatch.setattr(
-        torch.nn.Module,
-        "zero_grad",
-        lambda self, set_to_none=True: gradients.append(
-            sum(p.grad is not None for p in self.parameters())
-        ),
-    )
     measured(pack, adapt=adapt)
     assert len(lora_layers(models[0])) == 7
     assert gradients[0] == 14
 
 
-def test_trained_weights_get_their_gradients(pack: Pack, monkeypatch) -> None:
-    gradients: list[int] = []
-    monkeypatch.setattr(
-        torch.nn.Module,
-        "zero_grad",
-        lambda self, set_to_none=True: gradients.append(
-            sum(p.grad is not None for p in self.parameters())
-        ),
-    )
+def test_trained_weights_get_their_gradients(pack: Pack, gradients: list[int]) -> None:
     measured(pack, codec=None)
     assert gradients[0] == 9  # seven matrices and two norms
     assert gradients[-1] == 1  # the head
