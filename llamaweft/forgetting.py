@@ -33,7 +33,7 @@ def build_guard(
         new=range(0) if pieces.new_tokens is None else pieces.new_tokens.ids,
         hidden_NE=read_hidden(kept, packs, model.config.hidden_size) if resumes else None,
     )
-    if not resumes:
+    if not resumes and pieces.ranks.first:
         reference.save(kept)
     return ForgettingGuard(
         general=general,

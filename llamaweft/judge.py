@@ -10,6 +10,7 @@ from llamaweft.evaluate.evaluator import Evaluator
 from llamaweft.evaluate.forgetting import ForgettingGuard
 from llamaweft.evaluate.head_evaluator import HeadEvaluator
 from llamaweft.model.llama import Model
+from llamaweft.parallel.ranks import Ranks
 from llamaweft.recipe import Recipe
 from llamaweft.train.checkpoint import LoopState
 from llamaweft.train.events import StopRequest
@@ -39,6 +40,9 @@ class Judged(Protocol):
 
     @property
     def stop(self) -> StopRequest: ...
+
+    @property
+    def ranks(self) -> Ranks: ...
 
     def save_trained(self, model: Model) -> None: ...
 
@@ -125,7 +129,7 @@ class Judge:
         if self.guard is None:
             return self.latest["metrics"]
         found, state = self.latest["forgetting"], self.state()
-        if found["answers"]:
+        if found["answers"] and self.pipeline.ranks.first:
             pairs = self.guard.side_by_side(state.before[GENERAL_ANSWERS], found["answers"])
             self.pipeline.run_folder.record_answers(state.step, pairs)
         return self.latest["metrics"] | found["metrics"]

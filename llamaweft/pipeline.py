@@ -11,26 +11,24 @@ import shutil
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from llamaweft.adapters.folder import load_adapter_state, read_adapter, save_adapter
+from llamaweft.adapters.folder import (
+    adapter_state,
+    load_adapter_state,
+    read_adapter,
+    save_adapter,
+)
 from llamaweft.adapters.lora import constants, loraplus_ratios
-from llamaweft.data.audit_page import write_audit_page
 from llamaweft.data.chat import Document, stop_ids
-from llamaweft.data.example import Example
-from llamaweft.data.page_input import page_input
-from llamaweft.data.pairs import has_chats
-from llamaweft.data.targets import REWARD
 from llamaweft.errors import UserError
-from llamaweft.evaluate.evaluator import Evaluator, side_by_side
+from llamaweft.evaluate.evaluator import side_by_side
 from llamaweft.evaluate.forgetting import forgetting_notes
-from llamaweft.evaluate.head_evaluator import HeadEvaluator
 from llamaweft.evaluate.report import ReportInput, write_report
-from llamaweft.export.hf import export_merged
+from llamaweft.export.hf import export_merged, merged_sources
 from llamaweft.files import (
     check_recorded,
     digests,
@@ -45,12 +43,16 @@ from llamaweft.files import (
 )
 from llamaweft.forgetting import build_guard
 from llamaweft.judge import Judge, Progress
+from llamaweft.measuring import Measuring
 from llamaweft.model.folder import base_name
-from llamaweft.model.llama import LlamaForCausalLM, LlamaWithHead, Model
+from llamaweft.model.llama import Model
 from llamaweft.model.load import copy_weights
 from llamaweft.model.pack import Pack
 from llamaweft.model.presets import parameter_count
-from llamaweft.pieces.pieces import Pieces
+from llamaweft.parallel.agreement import check_same, digest, versions
+from llamaweft.parallel.layout import check_model, check_packs
+from llamaweft.parallel.methods import check_method
+from llamaweft.parallel.ranks import ALONE, Ranks
 from llamaweft.plan.flops import training_flops
 from llamaweft.plan.memory import Schedule, kept_start_numbers, trained_parameter_count
 from llamaweft.plan.plan import Plan
@@ -58,7 +60,6 @@ from llamaweft.plan.whole import Whole
 from llamaweft.planning import plan_run
 from llamaweft.recipe import Recipe
 from llamaweft.runtime import seed_everything
-from llamaweft.settings import Evaluation
 from llamaweft.train.checkpoint import (
     STATE,
     LoopState,
@@ -90,112 +91,15 @@ from llamaweft.train.schedule import LearningRate
 from llamaweft.train.step import Settings
 from llamaweft.train.trackers import Trackers, check_installed
 
-Measuring = Evaluator | HeadEvaluator
 
-
-class Pipeline(Pieces):
+class Pipeline(Measuring):
     """From a recipe to a run folder, and back to the model that was trained."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__(recipe)
+    def __init__(self, recipe: Recipe, ranks: Ranks = ALONE) -> None:
+        super().__init__(recipe, ranks)
         self.run_folder = RunFolder(Path(recipe.output_dir))
-        self.stop = StopRequest()
-        """Asked to stop, training and its measurements end at the next pack or answers."""
         self.untouched: dict[str, Any] | None = None
         """What was measured of the untouched model, once it was."""
-
-    @cached_property
-    def evaluator(self) -> Measuring | None:
-        """Measures on the held-out rows; None where nothing is held out."""
-        if not len(self.data.validation):
-            return None
-        documents = self.data.validation_documents
-        rows = self.data.validation if self.head is None else documents.examples
-        return self.evaluator_on(rows, documents)
-
-    def evaluator_on(
-        self,
-        examples: Sequence[Example],
-        documents: Sequence[Document],
-        measuring: Evaluation | None = None,
-    ) -> Measuring:
-        """Measures on these rows as the recipe says, or as `measuring` does. With a head, documents
-        and rows stand in the same order."""
-        measuring = measuring or self.recipe.evaluation
-        if self.head is not None:
-            return HeadEvaluator(
-                task=self.recipe.task,
-                metrics=measuring.metrics,
-                documents=documents,
-                examples=examples,
-                tokenizer=self.tokenizer,
-                classes=self.data.classes,
-                outputs=self.read_documents,
-                micro_batch_tokens=self.recipe.training.micro_batch_tokens,
-            )
-        return Evaluator(
-            metrics=measuring.metrics,
-            documents=documents,
-            examples=examples,
-            tokenizer=self.tokenizer,
-            loss_parts=self._loss_parts,
-            max_rows=measuring.max_rows,
-            max_new_tokens=measuring.max_new_tokens,
-            micro_batch_tokens=self.recipe.training.micro_batch_tokens,
-            cache_bytes=self.cache_bytes,
-        )
-
-    def read_documents(
-        self, model: LlamaWithHead, documents: list[Document]
-    ) -> list[tuple[Tensor, tuple[float, float]]]:
-        """What a head says of each document, as `LlamaWithHead.read` gives it."""
-        self.stop.check()
-        share = not model.head.reads_all
-        return model.read(Pack.from_documents(documents, share=share).to(model.device))
-
-    def _loss_parts(
-        self, model: LlamaForCausalLM, documents: list[Document]
-    ) -> list[tuple[float, float]]:
-        self.stop.check()
-        pack = Pack.from_documents(documents, share=True)
-        return model.sequence_losses(pack.to(model.device))
-
-    def check_data(self) -> None:
-        """Raises UserError when the audit blocks training (a line for each finding), when no row
-        is left to train on, or when a metric has no held-out row to be measured on."""
-        blocking = self.data.audit.blocking
-        if blocking:
-            raise UserError(
-                "\n".join(
-                    f"the audit blocks on {f.check}: {f.count} of {self.data.audit.rows} rows, "
-                    f"the first {f.examples[0]}: {f.remedy}"
-                    for f in blocking
-                )
-            )
-        if not len(self.data.documents):
-            raise UserError("no row is left to train on: data.on_too_long dropped them all")
-        self._check_templated()
-        if self.evaluator is not None:
-            self.evaluator.check()
-
-    def _check_templated(self) -> None:
-        """Raises UserError for a chat template that no preference would be written with."""
-        template = self.recipe.data.chat_template if self.recipe.task == REWARD else None
-        if template is not None and not has_chats(self.data.examples):
-            raise UserError(
-                f"data.chat_template: {template} writes messages, and every row is plain text, "
-                "which is read as it is; write prompt, chosen and rejected as messages, or remove "
-                "the key"
-            )
-
-    def write_audit_page(self, path: Path) -> None:
-        """The audit and the rows behind it, as a page. Raises UserError when `path` cannot be
-        written."""
-        packs = self.loader.first_packs if len(self.data.documents) else []
-        longest = self.recipe.data.max_length_tokens
-        title = ", ".join(rows.name for rows in self.recipe.data.train)
-        page = page_input(title, self.data, packs, self.tokenizer, longest)
-        write_audit_page(page, path)
 
     def train(
         self,
@@ -234,30 +138,19 @@ class Pipeline(Pieces):
         before: what `measured` gave of the untouched model, where that is known already.
         """
         began = time.perf_counter()
-        folder = self.run_folder
+        folder, first = self.run_folder, self.ranks.first
         self.stop = stop or self.stop
-        folder.check_free(resume)
-        check_installed(self.recipe.training.report_to)
-        check_optimizer_installed(self.recipe.training.optimizer)
-        if resume:
-            self._set_damaged_aside(say)
-        if resume and complete_checkpoints(folder.checkpoints):
-            self.initial, self.resumes = None, True  # the checkpoint holds what became of it
-        elif self.initial is not None:
-            say(f"going on from the adapter {self.initial[0]}")
-        say("reading the data")
-        self.check_data()
-        if resume:
-            self._go_on_with_schedule()
-        plan = self.plan()
-        need_disk(folder.root, self._disk_bytes(), "the run")
+        self.stop.of_all = not self.ranks.alone
+        plan = self._planned(resume, say)
         say("loading the model")
-        self.prepare_weights(say)
+        self.ranks.on_first(lambda: self.prepare_weights(say))
+        self.prepare_weights(lambda what: None)  # on another machine they are not there yet
         seed_everything(self.recipe.training.seed)
         model = self.load_model()
-        folder.lock()
+        if first:
+            folder.lock()
         try:
-            checkpoint = self._open_folder(plan, resume)
+            checkpoint = self.ranks.on_first(lambda: self._open_folder(plan, resume))
             judge = Judge(self, model, progress)
             loop = self._loop(model, judge, listeners, began)
             judge.state = lambda: loop.state
@@ -273,7 +166,7 @@ class Pipeline(Pieces):
                 try:
                     with loop.timed("validation"):
                         judge.guard = build_guard(self, model, folder.forgetting, resumes=False)
-                        if judge.guard is not None:
+                        if judge.guard is not None and first:
                             record(folder.forgetting)
                         loop.state.before = self.untouched = judge.untouched(before)
                 except InterruptedByRequest as request:  # nothing is there yet to go on from
@@ -284,6 +177,46 @@ class Pipeline(Pieces):
             return (yield from self._finish(loop, judge, say))
         finally:
             folder.unlock()
+
+    def _planned(self, resume: bool, say: Callable[[str], None]) -> Plan:
+        """Check all that a run depends on, and plan it; of several ranks all by the first's plan.
+        Raises UserError as `train` does."""
+        folder, ranks = self.run_folder, self.ranks
+        ranks.on_first(lambda: folder.check_free(resume))
+        check_installed(self.recipe.training.report_to)
+        check_optimizer_installed(self.recipe.training.optimizer)
+        check_method(ranks.layout, self.recipe)
+        check_model(ranks.layout, self.config)
+        if resume:
+            ranks.on_first(lambda: self._set_damaged_aside(say))
+        if resume and complete_checkpoints(folder.checkpoints):
+            self.initial, self.resumes = None, True  # the checkpoint holds what became of it
+        elif self.initial is not None:
+            say(f"going on from the adapter {self.initial[0]}")
+        say("reading the data")
+        ranks.on_first(lambda: len(self.data.examples))  # the others find it in the cache
+        self.check_data()
+        if not ranks.alone:
+            check_same(ranks, self._same_everywhere())
+        check_packs(
+            ranks.layout, self.recipe.training.gradient_accumulation_steps, self.loader.total_packs
+        )
+        if resume:
+            self._go_on_with_schedule()
+        plan = self.plan()
+        self.schedule = ranks.from_first(self.schedule)
+        need_disk(folder.root, self._disk_bytes(), "the run")
+        return ranks.from_first(plan)
+
+    def _same_everywhere(self) -> dict[str, str]:
+        """What must be the same on every rank, by name, and a digest of it."""
+        held = [*self.data.documents, *self.data.validation_documents]
+        return {
+            "the recipe": digest(self.recipe.model_dump(exclude={"output_dir"}, mode="json")),
+            "the data": digest([digest(document.ids.tolist()) for document in held]),
+            "the model": digest(self.config.to_dict()),
+            "the versions": versions(),
+        }
 
     def _set_damaged_aside(self, say: Callable[[str], None]) -> None:
         """Have a resumed run go on from the newest checkpoint that is sound."""
@@ -377,7 +310,7 @@ class Pipeline(Pieces):
                 eps=training.adam_epsilon,
                 rate_ratios=None if ratio is None else loraplus_ratios(parameters, ratio),
             ),
-            scaler=build_scaler(self.runtime.device, self.runtime.compute_dtype),
+            scaler=build_scaler(self.runtime.device, self.runtime.compute_dtype, self.ranks),
             learning_rate=LearningRate(
                 training.learning_rate,
                 training.lr_scheduler_type,
@@ -409,7 +342,8 @@ class Pipeline(Pieces):
                 ),
             ),
             began=began,
-            announce=Announcer([*listeners, *self._trackers()]),
+            announce=Announcer([*listeners, *self._trackers()] if self.ranks.first else []),
+            ranks=self.ranks,
             stop=self.stop,
             device=self.runtime.device,
             state=LoopState(schedule=self.schedule.to_dict()),
@@ -438,21 +372,12 @@ class Pipeline(Pieces):
         self, loop: Loop, judge: Judge, say: Callable[[str], None]
     ) -> Generator[None, None, RunResult]:
         """Run the loop, judge what it kept, and write evaluation.json and the report."""
-        folder = self.run_folder
-        for grows in folder.growing:
-            check_recorded(grows)
-            forget(grows)
-        state = loop.state
-        metrics = MetricsFile(folder.metrics, state.step, validation_comes=state.validation_due)
-        watch = OverfittingWatch(say, read_metrics(folder.metrics))
-        quarantine = QuarantineFile(
-            folder.quarantine, self._in_quarantine, loop.state.guard.records
-        )
-        loop.announce.listeners[:0] = [metrics, watch, quarantine, _teller(say)]
-        try:
+        folder, first = self.run_folder, self.ranks.first
+        if first:
+            reason = yield from self._recorded(loop, say)
+        else:
             reason = yield from loop.turns()
-        finally:
-            metrics.close()
+        self.ranks.barrier()
         result = RunResult(loop.state.step, reason)
         complete = reason in COMPLETE
         if complete and judge.measures:
@@ -467,11 +392,27 @@ class Pipeline(Pieces):
             if judge.guard is not None:
                 result.evaluation["forgetting"] = judge.forgotten(reason)
             result.best = judge.best
-            write_json(folder.evaluation, result.evaluation)
-        if complete:
+            if first:
+                write_json(folder.evaluation, result.evaluation)
+        if complete and first:
             record(*(path for path in folder.growing if path.exists()))
             write_run_report(folder)
         return result
+
+    def _recorded(self, loop: Loop, say: Callable[[str], None]) -> Generator[None, None, str]:
+        """Run the loop, and write down what it tells."""
+        folder, state = self.run_folder, loop.state
+        for grows in folder.growing:
+            check_recorded(grows)
+            forget(grows)
+        metrics = MetricsFile(folder.metrics, state.step, validation_comes=state.validation_due)
+        watch = OverfittingWatch(say, read_metrics(folder.metrics))
+        quarantine = QuarantineFile(folder.quarantine, self._in_quarantine, state.guard.records)
+        loop.announce.listeners[:0] = [metrics, watch, quarantine, _teller(say)]
+        try:
+            return (yield from loop.turns())
+        finally:
+            metrics.close()
 
     def _in_quarantine(self, document: Document) -> dict[str, Any]:
         """What quarantine.jsonl keeps of a document."""
@@ -481,22 +422,32 @@ class Pipeline(Pieces):
     # --- what a run leaves ----------------------------------------------------------------------
 
     def save_trained(self, model: Model) -> None:
-        """Put what was trained into the run folder: adapter/, or without one the model/."""
-        folder = self.run_folder
+        """Put what was trained into the run folder: adapter/, or without one the model/. All ranks
+        must call it; the first writes what they hold together."""
+        folder, whole = self.run_folder, self.ranks.whole
+        state = None if self.lora is None else adapter_state(model, whole)
+        if not self.ranks.first:
+            if self.lora is None:
+                for source in merged_sources(model, whole):
+                    next(iter(source.chunks(1)))
+            self.ranks.barrier()
+            return
         target = folder.model if self.lora is None else folder.adapter
         aside = target.with_name(f".{target.name}.new")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         if self.lora is None:
-            export_merged(model, self.tokenizer, aside, "fp32", stop_ids(self.tokenizer))
+            stops = stop_ids(self.tokenizer)
+            export_merged(model, self.tokenizer, aside, "fp32", stops, whole)
         else:
             base = base_name(self.recipe.model, self.model_folder)
-            save_adapter(model, self.lora, base, aside, self.model_commit)
+            save_adapter(model, self.lora, base, aside, self.model_commit, state)
             if self.new_tokens is not None:  # their rows mean nothing without their names
                 self.tokenizer.save_pretrained(aside)
         flush(aside)
         with recorded(target, digests(aside, target.name)):
             take_place(aside, target)
+        self.ranks.barrier()
 
     def restore(self, model: Model) -> None:
         """Load what `save_trained` wrote into a model of this pipeline. Raises UserError where it
@@ -504,9 +455,19 @@ class Pipeline(Pieces):
         folder = self.run_folder
         if self.lora is None:
             check_recorded(folder.model)
-            copy_weights(folder.model, model)
+            copy_weights(folder.model, model, self.ranks.fill)
         else:
-            load_adapter_state(model, read_adapter(folder.adapter)[2], str(folder.adapter))
+            state = read_adapter(folder.adapter)[2]
+            load_adapter_state(model, self._own_parts(state), str(folder.adapter))
+
+    def _own_parts(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this rank holds of an adapter's tensors."""
+        return {
+            name: self.ranks.part(
+                name.removeprefix("base_model.model.").removesuffix(".weight"), tensor
+            )
+            for name, tensor in state.items()
+        }
 
     def trained_model(self) -> Model:
         """The model that the run trained. Raises UserError when there is none yet."""

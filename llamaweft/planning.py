@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cached_property
+from typing import Any
 
 import torch
 
 from llamaweft.errors import UserError
 from llamaweft.model.speed import layer_seconds
+from llamaweft.model.stores import OWN
+from llamaweft.parallel.layout import DIMENSIONS, Layout
+from llamaweft.parallel.methods import check_method
 from llamaweft.pieces.mean_pack import mean_pack
 from llamaweft.pieces.pieces import Pieces
-from llamaweft.plan.devices import REACHED, Device
+from llamaweft.plan.devices import REACHED, Device, Machines
 from llamaweft.plan.flops import middle_layer_flops
 from llamaweft.plan.hardware import matmul_flops_per_second, traffic_bytes_per_second
-from llamaweft.plan.memory import MLP_TILE_TOKENS
+from llamaweft.plan.layouts import Choice
+from llamaweft.plan.memory import MLP_TILE_TOKENS, Schedule, solve
 from llamaweft.plan.plan import Plan, make_plan
+from llamaweft.plan.scale import Option, Scale, assumptions
 from llamaweft.plan.shapes import LINEARS, sizes
 from llamaweft.plan.time import Speed, StepWork
 from llamaweft.recipe import Recipe
@@ -56,6 +62,91 @@ class PiecesFor(Pieces):
     def runs_a_layer(self) -> bool:
         return False
 
+    @cached_property
+    def untrained_tokens(self) -> list[int]:
+        """None are known of a folder without weights."""
+        return super().untrained_tokens if self._has_weights else []
+
+    @property
+    def _has_weights(self) -> bool:
+        folder = self.model_folder
+        return (folder / OWN).is_dir() or any(folder.glob("model*.safetensors"))
+
+    def decisions(self) -> dict[str, str]:
+        found = super().decisions()
+        if not self._has_weights:
+            found["model"] += "; its folder holds no weights"
+        return found
+
+
+class PiecesForMany(PiecesFor):
+    """The pieces as they would be on several devices that are not here: the schedule is that of one
+    rank."""
+
+    def __init__(self, recipe: Recipe, machines: Machines) -> None:
+        super().__init__(recipe, machines.device)
+        self.machines = machines
+
+    @cached_property
+    def scale(self) -> Scale:
+        loader = self.loader
+        packs = loader.total_packs / loader.total_steps
+        return Scale(
+            self.machines,
+            self.workload,
+            self.base_weights,
+            mean_step(self, packs),
+            speed_of(self, 0),
+            accumulation=self.recipe.training.gradient_accumulation_steps,
+            packs=loader.total_packs,
+            budget_bytes=self.budget_bytes,
+            check=lambda layout: check_method(layout, self.recipe),
+        )
+
+    @cached_property
+    def choice(self) -> Choice:
+        return self.scale.choose(named_layout(self.recipe, self.machines.count))
+
+    @cached_property
+    def option(self) -> Option:
+        return self.scale.option(self.choice.layout)
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """Raises UserError where a rank does not fit its memory."""
+        if not self.option.fits:
+            solve(self.scale.of_rank(self.choice.layout), self.budget_bytes)
+        return self.option.schedule
+
+    @property
+    def device_name(self) -> str:
+        return f"{self.machines} (not measured)"
+
+    def changed(self, changes: dict[str, str]) -> PiecesForMany:
+        other = super().changed(changes)
+        assert isinstance(other, PiecesForMany)
+        other.machines = self.machines
+        return other
+
+    def decisions(self) -> dict[str, str]:
+        return super().decisions() | {"parallel": self.choice.reason}
+
+
+def named_layout(recipe: Recipe, world: int) -> Layout | None:
+    """The mesh that a recipe names; None where the plan shall choose. Raises UserError where it has
+    other than `world` places."""
+    named = recipe.parallel
+    if named == "auto":
+        return None
+    layout = Layout(named.data, named.shard, named.tensor, named.offload)
+    if layout.world != world:
+        sizes = " x ".join(f"{name} {getattr(layout, name)}" for name in DIMENSIONS)
+        raise UserError(
+            f"parallel: {sizes} is {layout.world} ranks, and --devices has {world}; change one of "
+            "them, or set parallel: auto"
+        )
+    return layout
+
 
 def plan_run(pieces: Pieces, price_per_hour: float | None = None) -> Plan:
     """Memory, time and decisions; measures this machine's products for a few seconds.
@@ -65,12 +156,19 @@ def plan_run(pieces: Pieces, price_per_hour: float | None = None) -> Plan:
     """
     pieces.check_start()
     loader = pieces.loader
-    given, computed, labels = loader.epoch_tokens
+    given, computed, _ = loader.epoch_tokens
     packs = loader.packs_per_epoch
     per_step = loader.total_packs / loader.total_steps / packs
+    seconds, devices = None, 1
     try:
         schedule = pieces.schedule
-        if pieces.runs_a_layer:
+        if isinstance(pieces, PiecesForMany):
+            speed, seconds, devices = (
+                pieces.scale.speed,
+                pieces.option.seconds,
+                pieces.machines.count,
+            )
+        elif pieces.runs_a_layer:
             speed = speed_of_layers(pieces)
             schedule = pieces.schedule  # what the process holds was measured anew
         else:
@@ -78,11 +176,10 @@ def plan_run(pieces: Pieces, price_per_hour: float | None = None) -> Plan:
     except UserError as error:
         nearest = nearest_fit(pieces)
         raise UserError(f"{error}{nearest and f'; it fits with {nearest}'}") from None
-    step = StepWork(computed * per_step, labels * per_step, loader.epoch_squares * per_step)
     return make_plan(
         pieces.workload,
         schedule,
-        step,
+        mean_step(pieces),
         speed,
         steps=loader.total_steps,
         given_tokens=given * per_step,
@@ -91,7 +188,35 @@ def plan_run(pieces: Pieces, price_per_hour: float | None = None) -> Plan:
         decisions=pieces.decisions(),
         max_seconds=pieces.recipe.training.max_seconds,
         price_per_hour=price_per_hour,
+        seconds=seconds,
+        devices=devices,
     )
+
+
+def mean_step(pieces: Pieces, packs: float = 1.0) -> StepWork:
+    """What a mean step of the run has to do, over all ranks together. packs: that it is said to
+    come in."""
+    loader = pieces.loader
+    _, computed, labels = loader.epoch_tokens
+    share = loader.total_packs / loader.total_steps / loader.packs_per_epoch
+    return StepWork(computed * share, labels * share, loader.epoch_squares * share, packs)
+
+
+def scale_of(pieces: PiecesForMany) -> dict[str, Any]:
+    """What a plan says of several devices: the layout and the others there are, and what the
+    seconds rest on."""
+    machines, layout = pieces.machines, pieces.choice.layout
+    return {
+        "devices": machines.count,
+        "nodes": machines.nodes,
+        "network_gbit": machines.network_gbit if machines.nodes > 1 else None,
+        "layout": str(layout),
+        "parallel": {name: getattr(layout, name) for name in (*DIMENSIONS, "offload")},
+        "efficiency": pieces.option.efficiency,
+        "host_bytes": pieces.option.host_bytes,
+        "layouts": [option.to_dict() for option in pieces.scale.options(layout)],
+        "assumptions": assumptions(machines),
+    }
 
 
 def speed_of(pieces: Pieces, pack_tokens: int) -> Speed:

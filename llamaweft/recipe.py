@@ -12,9 +12,9 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedBase
@@ -32,6 +32,7 @@ from llamaweft.settings import (
     Forgetting,
     Guard,
     Head,
+    Parallel,
     Section,
     Training,
     fitting_metric,
@@ -49,6 +50,9 @@ OF_CLASSES = ("sequence_classification", "token_classification")
 OF_WHOLE_TEXTS = ("sequence_classification", "regression", "question_answering")
 OF_LABELS = ("regression", "reward")
 """Tasks whose targets are numbers or pairs, and no classes."""
+
+KEYS = "<keys>"
+"""The kind of a value that is a mapping where a word would do too."""
 
 MAX_BYTES = 2**20
 MAX_VALUES = 100_000
@@ -87,7 +91,10 @@ class Recipe(Section):
         None, description="measuring what is forgotten; null: not measured"
     )
     guard: Guard = Field(Guard(), description="steps that would harm the model")
-    parallel: Literal["auto"] = Field("auto", description="auto: one process")
+    parallel: Annotated[
+        Annotated[Literal["auto"], Tag("auto")] | Annotated[Parallel, Tag(KEYS)],
+        Discriminator(lambda value: "auto" if isinstance(value, str) else KEYS),
+    ] = Field("auto", description="auto: as the plan chooses for the processes that are started")
     output_dir: str = Field("runs/run", description="the run folder")
 
     @model_validator(mode="after")
@@ -436,7 +443,7 @@ def _keys_of(detail: ErrorDetails, tree: Any) -> list[str | int]:
         if not inside:
             if detail["type"] == "missing" and key == detail["loc"][-1]:
                 keys.append(key)
-            if isinstance(key, int):  # a single value that stands for a list of one
+            if isinstance(key, int) or key == KEYS:  # an int: a single value for a list of one
                 continue
             break
         keys.append(key)

@@ -10,9 +10,11 @@ import os
 import platform
 import random
 import subprocess
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import psutil
@@ -20,6 +22,8 @@ import torch
 
 from llamaweft import __version__
 from llamaweft.errors import UserError
+
+Item = TypeVar("Item")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """What weights are held and written in."""
@@ -52,14 +56,41 @@ class Runtime:
         return next(name for name, dtype in COMPUTE_DTYPES.items() if dtype == self.compute_dtype)
 
 
-def choose_runtime(device: str = "auto", compute_dtype: str = "auto") -> Runtime:
+@dataclass(frozen=True)
+class Share(Generic[Item]):
+    """Which items of a work this process does, of several that share it. gather: what one has ->
+    what each has."""
+
+    index: int = 0
+    count: int = 1
+    gather: Callable[[list[Item]], list[list[Item]]] = lambda mine: [mine]
+
+    def of(self, items: Sequence[Any]) -> list[Any]:
+        """Those of this process."""
+        return list(items[self.index :: self.count])
+
+    def joined(self, mine: list[Item]) -> list[Item]:
+        """What all processes made of theirs, in the order of the items."""
+        made = self.gather(mine)
+        return [made[i % self.count][i // self.count] for i in range(sum(map(len, made)))]
+
+
+ALL_OF_IT: Share[Any] = Share()
+
+
+def choose_runtime(
+    device: str = "auto", compute_dtype: str = "auto", local_rank: int | None = None
+) -> Runtime:
     """Pick the device and the dtype that its multipliers are fast in.
 
-    `device`: auto, cpu, cuda or cuda:N. `compute_dtype`: auto, fp32, bf16 or fp16.
+    `device`: auto, cpu, cuda or cuda:N. `compute_dtype`: auto, fp32, bf16 or fp16. local_rank: of
+    this process among several on the machine, each of which takes a GPU of its own.
     Raises UserError for a device that is not there.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and local_rank is not None:
+        device = f"cuda:{local_rank}"
     chosen = torch.device(device)
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise UserError(

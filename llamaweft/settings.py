@@ -525,6 +525,28 @@ class Guard(Section):
         return self
 
 
+class Parallel(Section):
+    """How the processes of a run divide its work; a key left out is 1."""
+
+    data: int = Field(1, ge=1, description="replicas, each with packs of its own")
+    shard: int = Field(
+        1, ge=1, description="ranks that hold the weights in parts (FSDP2), with packs of their own"
+    )
+    tensor: int = Field(1, ge=1, description="ranks that each matrix is cut over, on the same pack")
+    offload: bool = Field(False, description="hold sharded states in the host's memory")
+    timeout_seconds: float = Field(
+        600, gt=0, description="how long a rank waits for another before the run ends"
+    )
+
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> Parallel:
+        if self.offload and self.shard == 1:
+            raise ValueError(
+                "offload: true holds sharded states, and shard: 1 has none; remove one of them"
+            )
+        return self
+
+
 GENERAL_PROMPTS, AREAS = 210, 5
 """Prompts that ship with the package, and areas that they are evenly spread over."""
 

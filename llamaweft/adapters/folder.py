@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,16 @@ HEADS = ("score", "qa_outputs")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+Whole = Callable[[str, Tensor], Tensor]
+"""A parameter's name and what this process holds of it -> all of it."""
+
+
+def adapter_state(model: nn.Module, whole: Whole = lambda name, held: held) -> dict[str, Tensor]:
     """The trained tensors under PEFT's names; of PiSSA copies, with where it started."""
     state = {}
     for name, layer in lora_layers(model).items():
-        pair = layer.lora_A.detach(), layer.lora_B.detach()
+        a_RI, b_OR = (whole(f"{name}.{h}", getattr(layer, h).detach()) for h in HALVES)
+        pair = a_RI, b_OR
         if isinstance(layer, PissaLinear):
             pair = layer.stacked()
         for half, tensor in zip(_PAIR, pair, strict=True):
@@ -81,14 +86,21 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor], where: str) -
 
 
 def save_adapter(
-    model: nn.Module, config: LoraConfig, base: str, folder: Path, revision: str | None = None
+    model: nn.Module,
+    config: LoraConfig,
+    base: str,
+    folder: Path,
+    revision: str | None = None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the adapter folder. `base`: absolute path or hub id of the base model, which PEFT
-    opens under `base_model_name_or_path`; revision: its commit on the hub."""
+    opens under `base_model_name_or_path`; revision: its commit on the hub. state: the tensors as
+    `adapter_state` gives them, where the model does not hold them whole."""
     config = config.saved
     folder.mkdir(parents=True, exist_ok=True)
-    state, seen = {}, set[int]()
-    for name, tensor in adapter_state(model).items():
+    held, seen = adapter_state(model) if state is None else state, set[int]()
+    state = {}
+    for name, tensor in held.items():
         shared = tensor.data_ptr() in seen  # of a tied matrix safetensors wants two copies
         seen.add(tensor.data_ptr())
         state[name] = tensor.clone() if shared else tensor.cpu().contiguous()
@@ -222,6 +234,7 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], bool, _Fits]] = {
 }
 """Of each key: its kind, whether it must be there, and what its value must be."""
 
+HALVES = ("lora_A", "lora_B")
 _PAIR = ("lora_A.weight", "lora_B.weight")
 
 _PLAIN: dict[str, Any] = {

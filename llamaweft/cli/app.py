@@ -26,6 +26,7 @@ VERBS = {
     "plan": "Memory, time and tokens of a run, before it starts.",
     "data": "Show rows as the model will see them, or audit them.",
     "train": "Run a recipe.",
+    "launch": "Write a ready job for a cluster or a cloud.",
     "verify": "Prove on this machine what is promised.",
     "evaluate": "Measure a run or a model on held-out rows.",
     "chat": "Talk to a run or a model in the terminal.",

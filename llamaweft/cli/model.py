@@ -24,15 +24,20 @@ def init(
         str, typer.Option(help="Hub id, folder, tokenizer.model or builtin:smollm2-135m.")
     ],
     random: Annotated[bool, typer.Option("--random", help="Random weights.")] = False,
-    base_weights: Annotated[str, typer.Option(help="nf4, int8, bf16 or fp32.")] = "fp32",
+    base_weights: Annotated[
+        str, typer.Option(help="nf4, int8, bf16, fp32; none: no weights.")
+    ] = "fp32",
     seed: Annotated[int, typer.Option(help="Seed of the weights.", min=0)] = 0,
     json_output: JsonFlag = False,
 ) -> None:
-    """A model of a known shape with random weights, for measuring and for tests."""
-    from llamaweft.model.init import init_random
+    """A model of a known shape with random weights, for measuring and for tests; or without any,
+    for planning."""
+    from llamaweft.model.init import NO_WEIGHTS, init_random
 
-    if not random:
-        raise UserError("only random weights can be made; say --random")
+    if random and base_weights == NO_WEIGHTS:
+        raise UserError("--random and --base-weights none contradict; remove one of them")
+    if not random and base_weights != NO_WEIGHTS:
+        raise UserError("only random weights can be made; say --random, or --base-weights none")
     with counted("writing tensors") as progress:
         config = init_random(preset, folder, tokenizer, base_weights, seed, progress)
     content = {"folder": str(folder), "preset": preset, **config.to_dict()}

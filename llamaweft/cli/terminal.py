@@ -118,10 +118,12 @@ def preparing(pipeline: Any) -> Iterator[None]:
 class TrainingProgress:
     """A listener and a counter of answers: bars on stderr with step, loss, rate, time left.
 
-    Of several runs, `named` gives each a bar of its own.
+    Of several runs, `named` gives each a bar of its own. shown: whether anything is; of several
+    ranks one is enough.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, shown: bool = True) -> None:
+        self._shown = shown
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
@@ -131,6 +133,7 @@ class TrainingProgress:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=err,
+            disable=not shown,
         )
         self._training: dict[str, TaskID] = {}
         self._answers: TaskID | None = None
@@ -144,7 +147,8 @@ class TrainingProgress:
         self._progress.stop()
 
     def say(self, text: str) -> None:
-        self._progress.console.print(f"[dim]{escape(redacted(text))}[/dim]")
+        if self._shown:
+            self._progress.console.print(f"[dim]{escape(redacted(text))}[/dim]")
 
     def __call__(self, event: Event) -> None:
         self._told("training", event)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -22,8 +23,14 @@ from llamaweft.cli.terminal import (
     table,
 )
 from llamaweft.errors import UserError
+from llamaweft.parallel.environment import World, node_of, world_of
+from llamaweft.parallel.launch import launch_ranks
 from llamaweft.recipe import Recipe, describe
+from llamaweft.settings import Parallel
 from llamaweft.train.events import StopRequest
+
+if TYPE_CHECKING:
+    from llamaweft.parallel.ranks import Ranks
 
 STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 143}
 """Exit codes of a run that was asked to stop and saved."""
@@ -51,33 +58,54 @@ def train(
         bool, typer.Option("--resume", help="Go on from the newest checkpoint, if any.")
     ] = False,
     nproc: Annotated[
-        int, typer.Option(help="Processes: the product of the recipe's parallel.")
+        int, typer.Option(help="Processes on this machine: the product of `parallel`.", min=1)
     ] = 1,
     json_output: JsonFlag = False,
 ) -> None:
     """Run a recipe. Ctrl-C saves a checkpoint and exits; --resume goes on."""
+    loaded = None if sweep else Recipe.load(recipe, overrides or [])
+    world, node = world_of(os.environ), node_of(os.environ)
+    processes = nproc if nproc > 1 or node is None else node.processes or 1
+    here = processes * (1 if node is None else node.count)
+    if loaded is None:
+        if here > 1 or (world is not None and world.world > 1):
+            raise UserError("--sweep trains its runs in one process; leave out --nproc or --sweep")
+        _sweep(recipe, overrides or [], resume, json_output)
+    elif world is not None and world.world > 1:
+        _train_as_rank(world, loaded, resume or world.restarts > 0, json_output)
+    elif here > 1:
+        flags = [f for f, given in (("--resume", resume), ("--json", json_output)) if given]
+        arguments = ["train", str(recipe), *(overrides or []), *flags]
+        raise typer.Exit(launch_ranks(arguments, processes, node))
+    else:
+        _train(loaded, None, resume, json_output)
+
+
+def _train_as_rank(world: World, loaded: Recipe, resume: bool, json_output: bool) -> None:
+    from llamaweft.layouts import device_kind, layout_of
+    from llamaweft.parallel.processes import joined
+
+    kind, keys = device_kind(loaded), loaded.parallel
+    seconds = Parallel().timeout_seconds if keys == "auto" else keys.timeout_seconds
+    with joined(world, lambda: layout_of(loaded, world), kind, seconds) as ranks:
+        _train(loaded, ranks, resume, json_output)
+
+
+def _train(loaded: Recipe, ranks: Ranks | None, resume: bool, json_output: bool) -> None:
+    from llamaweft.layouts import layout_of
+    from llamaweft.parallel.layout import check_world
+    from llamaweft.parallel.ranks import ALONE
     from llamaweft.pipeline import Pipeline
 
-    if sweep:
-        _sweep(recipe, overrides or [], resume, nproc, json_output)
-        return
-    loaded = Recipe.load(recipe, overrides or [])
-    _check_processes(nproc, loaded)
-    pipeline = Pipeline(loaded)
+    if ranks is None:
+        check_world(layout_of(loaded, None), 1)
+    pipeline = Pipeline(loaded, ranks or ALONE)
     result = run_with_progress(pipeline, resume=resume)
-    if json_output:
+    if pipeline.ranks.first and json_output:
         print_json(result)
-    else:
+    elif pipeline.ranks.first:
         print_result(pipeline, result)
     _exit_if_stopped([result["reason"]])
-
-
-def _check_processes(nproc: int, loaded: Recipe) -> None:
-    if nproc != 1:
-        raise UserError(
-            f"--nproc {nproc}: a recipe with parallel: {loaded.parallel} runs in 1 process; "
-            "leave --nproc out"
-        )
 
 
 def _exit_if_stopped(reasons: Sequence[str]) -> None:
@@ -87,14 +115,11 @@ def _exit_if_stopped(reasons: Sequence[str]) -> None:
             raise typer.Exit(code)
 
 
-def _sweep(
-    recipe: Path, overrides: Sequence[str], resume: bool, nproc: int, json_output: bool
-) -> None:
+def _sweep(recipe: Path, overrides: Sequence[str], resume: bool, json_output: bool) -> None:
     from llamaweft.sweep import Sweep, split_axes
 
     fixed, axes = split_axes(overrides)
     loaded = Recipe.load(recipe, fixed)
-    _check_processes(nproc, loaded)
     sweep = Sweep(loaded, axes)
     first = sweep.runs[0].pipeline
     with stopping() as stop, TrainingProgress() as progress:
@@ -151,7 +176,7 @@ def stopping() -> Iterator[StopRequest]:
 
 def run_with_progress(pipeline: Any, *, resume: bool = False) -> dict[str, Any]:
     """Train with bars on stderr; the first signal asks the run to stop, a second one ends it."""
-    with stopping() as stop, TrainingProgress() as progress:
+    with stopping() as stop, TrainingProgress(shown=pipeline.ranks.first) as progress:
         first_lines_said = False
         pipeline.on_rows, pipeline.say = progress.rows, progress.say
 

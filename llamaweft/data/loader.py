@@ -111,13 +111,13 @@ class Loader(Generic[Batch]):
         of one: pack i of a step is for rank i mod `ranks`."""
         packs = self._packs(start_step * self.accumulation)
         for step in range(start_step, self.total_steps):
-            yield [self.collate(p) for p in list(islice(packs, self._size(step)))[rank::ranks]]
+            yield [self.collate(p) for p in list(islice(packs, self.size_of(step)))[rank::ranks]]
 
     def documents_of(self, step: int) -> list[list[Document]]:
         """The documents of each pack of the step after `step` finished ones."""
-        return list(islice(self._packs(step * self.accumulation), self._size(step)))
+        return list(islice(self._packs(step * self.accumulation), self.size_of(step)))
 
-    def _size(self, step: int) -> int:
+    def size_of(self, step: int) -> int:
         """Packs of the step after `step` finished ones."""
         return min(self.accumulation, self.total_packs - step * self.accumulation)
 

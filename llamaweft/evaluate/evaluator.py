@@ -19,6 +19,7 @@ from llamaweft.evaluate.curves import lower_is_better
 from llamaweft.evaluate.imported_metrics import NoNumberError
 from llamaweft.evaluate.metrics import LOSSES, Metric, answer_metric, score_of
 from llamaweft.generate.generate import generate_batch
+from llamaweft.runtime import ALL_OF_IT, Share
 
 Progress = Callable[[int, int], None]
 EXAMPLES_SHOWN = 20
@@ -43,6 +44,7 @@ class Evaluator:
     max_rows: rows that answers are generated for, the first ones.
     micro_batch_tokens: tokens computed at once for the loss.
     cache_bytes: tells, when answers are generated, how much their keys and values may take.
+    share: what this process does of it, where several measure the same model.
     """
 
     metrics: Sequence[str]
@@ -54,6 +56,7 @@ class Evaluator:
     max_new_tokens: int
     micro_batch_tokens: int
     cache_bytes: Callable[[], int]
+    share: Share[Any] = ALL_OF_IT
 
     def check(self) -> None:
         """Raises UserError when a metric's library or module is missing, or when there is no row
@@ -100,7 +103,7 @@ class Evaluator:
 
     def answers(self, model: Any, progress: Progress | None = None) -> list[Answer]:
         """The model's greedy answer to the last turn of each of the first `max_rows` chats."""
-        chats = self._chats()
+        chats = self.share.of(self._chats())
         encoder = Encoder(self.tokenizer)
         prompts = [encoder.prompt_ids(replace(e, messages=e.messages[:-1])) for e in chats]
         generated = generate_batch(
@@ -112,23 +115,39 @@ class Evaluator:
             progress=None if progress is None else lambda done: progress(done, len(chats)),
         )
         texts = [self.tokenizer.decode(found.ids, skip_special_tokens=True) for found in generated]
-        return [
-            Answer(e.where, e.messages[-2]["content"], e.messages[-1]["content"], text)
-            for e, text in zip(chats, texts, strict=True)
-        ]
+        return self.share.joined(
+            [
+                Answer(e.where, e.messages[-2]["content"], e.messages[-1]["content"], text)
+                for e, text in zip(chats, texts, strict=True)
+            ]
+        )
 
     @torch.inference_mode()
     def _losses(self, model: Any) -> list[Parts]:
-        parts: list[Parts] = []
-        batch: list[Document] = []
-        for index in np.argsort(lengths_of(self.documents), kind="stable").tolist():
-            document = self.documents[index]
-            tokens = sum(len(d.ids) for d in batch)
-            if batch and tokens + len(document.ids) > self.micro_batch_tokens:
-                parts.extend(self.loss_parts(model, batch))
-                batch = []
-            batch.append(document)
-        return [*parts, *self.loss_parts(model, batch)]
+        order = np.argsort(lengths_of(self.documents), kind="stable").tolist()
+        batches = in_batches(order, self.documents, self.micro_batch_tokens)
+        found = [
+            list(self.loss_parts(model, [self.documents[i] for i in batch]))
+            for batch in self.share.of(batches)
+        ]
+        return [row for rows in self.share.joined(found) for row in rows]
+
+
+def in_batches(
+    order: Sequence[int], documents: Sequence[Document], most_tokens: int
+) -> list[list[int]]:
+    """Documents by their indices, in this order, in batches of at most so many tokens; one that is
+    longer is a batch of its own."""
+    lengths = lengths_of(documents)
+    batches: list[list[int]] = []
+    room = 0
+    for index in order:
+        if not batches or lengths[index] > room:
+            batches.append([])
+            room = most_tokens
+        batches[-1].append(index)
+        room -= lengths[index]
+    return batches
 
 
 def side_by_side(before: dict[str, Any], after: dict[str, Any] | None) -> dict[str, Any]:

@@ -18,10 +18,11 @@ from llamaweft.data.selection import lengths_of
 from llamaweft.data.targets import REWARD
 from llamaweft.errors import UserError
 from llamaweft.evaluate.bootstrap import Parts, ratio, summarise
-from llamaweft.evaluate.evaluator import Answer, Progress
+from llamaweft.evaluate.evaluator import Answer, Progress, in_batches
 from llamaweft.evaluate.head_answers import SHARE_THAT_HOLDS, likeliest_stretch
 from llamaweft.evaluate.head_metrics import HEAD_SCORES, OUTSIDE, accuracy, counted, moments
 from llamaweft.evaluate.metrics import f1, squad_exact_match
+from llamaweft.runtime import ALL_OF_IT, Share
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class HeadEvaluator:
     """Held-out documents and rows, in the same order, and how to measure on them.
 
     outputs: model and documents -> for each document its logits (at its labels, or at every token
-    where answers are read off) and its loss in nats with the weight.
+    where answers are read off) and its loss in nats with the weight. share: what this process does
+    of it, where several measure the same model.
     """
 
     task: str
@@ -54,6 +56,7 @@ class HeadEvaluator:
     classes: Classes | None
     outputs: Callable[[Any, list[Document]], list[tuple[Tensor, tuple[float, float]]]]
     micro_batch_tokens: int
+    share: Share[Any] = ALL_OF_IT
 
     def check(self) -> None:
         """Raises UserError when there is no row to measure on."""
@@ -84,24 +87,22 @@ class HeadEvaluator:
 
     @torch.inference_mode()
     def _said(self, model: Any, progress: Progress | None) -> list[Said]:
-        found: dict[int, Said] = {}
-        batch: list[int] = []
         order = np.argsort(lengths_of(self.documents), kind="stable").tolist()
-        for index in [*order, None]:
-            tokens = sum(len(self.documents[i].ids) for i in batch)
-            more = 0 if index is None else len(self.documents[index].ids)
-            if batch and (index is None or tokens + more > self.micro_batch_tokens):
-                documents = [self.documents[i] for i in batch]
-                for i, document, (logits, loss) in zip(
-                    batch, documents, self.outputs(model, documents), strict=True
-                ):
-                    found[i] = self._read(document, self.examples[i], logits.float().cpu(), loss)
-                batch = []
-                if progress is not None:
-                    progress(len(found), len(order))
-            if index is not None:
-                batch.append(index)
-        return [found[i] for i in range(len(order))]
+        batches = self.share.of(in_batches(order, self.documents, self.micro_batch_tokens))
+        found: list[dict[int, Said]] = []
+        for batch in batches:
+            documents = [self.documents[i] for i in batch]
+            outputs = zip(batch, documents, self.outputs(model, documents), strict=True)
+            found.append(
+                {
+                    i: self._read(document, self.examples[i], logits.float().cpu(), loss)
+                    for i, document, (logits, loss) in outputs
+                }
+            )
+            if progress is not None:
+                progress(sum(map(len, found)), sum(map(len, batches)))
+        said = {i: one for of_batch in self.share.joined(found) for i, one in of_batch.items()}
+        return [said[i] for i in range(len(order))]
 
     # --- what a head says ------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ N: rows of a matrix that are taken at once   I: input features
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,14 @@ from llamaweft.weights.frozen import FrozenWeight
 from llamaweft.weights.grown import GrownWeight
 from llamaweft.weights.linear import Embedding, Linear
 
+Whole = Callable[[str, Tensor], Tensor]
+"""A parameter's name and what this process holds of it -> all of it."""
 
-def merged_sources(model: Model) -> Iterator[Source]:
+
+def merged_sources(model: Model, whole: Whole = lambda name, held: held) -> Iterator[Source]:
     """Every tensor under its Hugging Face name, to be read a few rows at a time, adapters merged in
-    fp32. The rows are valid until the next ones are read."""
+    fp32. The rows are valid until the next ones are read. whole: for what is trained whole, where
+    several processes hold it; asked as the rows of a source are."""
     tied = model.config.tie_word_embeddings
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear):
@@ -35,7 +39,9 @@ def merged_sources(model: Model) -> Iterator[Source]:
         elif isinstance(module, Linear | Embedding):
             if not name.endswith(".base_layer") and not (tied and name == "lm_head"):
                 shape = tuple(module.weight.shape)
-                yield Source(f"{name}.weight", shape, partial(_rows, module.weight))
+                yield Source(
+                    f"{name}.weight", shape, partial(_rows, module.weight, name=name, whole=whole)
+                )
         elif isinstance(module, TaskHead):
             for part, value in module.named_parameters():
                 yield Source(f"{name}.{part}", tuple(value.shape), partial(_rows, value))
@@ -58,7 +64,12 @@ def _merged_rows(layer: LoraLinear, rows: int) -> Iterator[Tensor]:
         start = stop
 
 
-def _rows(weight: nn.Parameter | FrozenWeight | GrownWeight, rows: int) -> Iterator[Tensor]:
+def _rows(
+    weight: nn.Parameter | FrozenWeight | GrownWeight,
+    rows: int,
+    name: str = "",
+    whole: Whole = lambda name, held: held,
+) -> Iterator[Tensor]:
     """A weight in fp32, `rows` rows at a time."""
     if isinstance(weight, GrownWeight):
         yield from _grown_rows(weight, rows)
@@ -68,7 +79,7 @@ def _rows(weight: nn.Parameter | FrozenWeight | GrownWeight, rows: int) -> Itera
     elif isinstance(weight, FrozenWeight):  # a GPU decodes a matrix whole
         yield from weight.dequantised().split(rows)
     else:
-        for part in weight.detach().split(rows):
+        for part in whole(f"{name}.weight", weight.detach()).split(rows):
             yield part.float()
 
 
@@ -105,13 +116,14 @@ def export_merged(
     folder: Path,
     dtype: str,
     stop_ids: Iterable[int],
+    whole: Whole = lambda name, held: held,
 ) -> None:
-    """Write the merged folder, a few rows of a matrix at a time. `dtype`: fp32 or bf16. Raises
-    OSError."""
+    """Write the merged folder, a few rows of a matrix at a time. `dtype`: fp32 or bf16. whole: as
+    `merged_sources` has it. Raises OSError."""
     write_model(
         folder,
         model.config,
-        merged_sources(model),
+        merged_sources(model, whole),
         tokenizer.save_pretrained,
         dtype=PLAIN[dtype],
         stop_ids=stop_ids,

@@ -51,7 +51,7 @@ class Session:
     def __init__(self, model: LlamaForCausalLM, batch: int, room: int) -> None:
         self.model, self.room = model, room
         dtype = model.model.compute_dtype
-        self.cache = KVCache(model.config, batch, room, dtype, model.device)
+        self.cache = KVCache(model.config, model.key_value_heads, batch, room, dtype, model.device)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """logits_BV after each prompt. Nothing is padded: prompts are packs, and what they begin

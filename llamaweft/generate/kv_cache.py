@@ -16,17 +16,20 @@ from llamaweft.model.presets import LlamaConfig
 
 
 class KVCache:
-    """Keys and values of every layer, [B, K, S, D], and how many positions each row holds."""
+    """Keys and values of every layer, [B, K, S, D], and how many positions each row holds.
+
+    key_value_heads: those that are computed here (`LlamaForCausalLM.key_value_heads`)."""
 
     def __init__(
         self,
         config: LlamaConfig,
+        key_value_heads: int,
         batch: int,
         room: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (batch, config.num_key_value_heads, room, config.head_dim)
+        shape = (batch, key_value_heads, room, config.head_dim)
         layers = range(config.num_hidden_layers)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]

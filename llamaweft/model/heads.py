@@ -6,16 +6,17 @@ N: labels   C: labels of one tile   E: hidden size   V: vocabulary
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llamaweft.model.pack import Pack
 from llamaweft.weights.frozen import FrozenWeight, tile_size
 from llamaweft.weights.grown import GrownWeight
-from llamaweft.weights.linear import Linear
+from llamaweft.weights.linear import Linear, local
 
 TILE_LABELS = 256
 """Labels of one tile of fp32 logits, where the Schedule does not say. The more, the faster the
@@ -27,7 +28,40 @@ VOCABULARY_TILE = 16384
 CACHED_ROWS = 1024
 """Rows of logits that are worked on at once: few enough for a cache."""
 
-Weight = nn.Parameter | FrozenWeight | GrownWeight
+Weight = Tensor | FrozenWeight | GrownWeight
+
+
+class Vocabulary(Protocol):
+    """Where a head holds some rows of the vocabulary only: how processes join what they find."""
+
+    @property
+    def size(self) -> int:
+        """Rows of the whole vocabulary."""
+
+    def highest(self, values: Tensor) -> Tensor:
+        """The elementwise largest over the processes, in place."""
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over the processes, in place."""
+
+    def local(self, target_C: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """The places of target ids among the rows that are here, and whether they are."""
+
+
+@dataclass(frozen=True)
+class WholeVocabulary:
+    """All rows are here."""
+
+    size: int
+
+    def highest(self, values: Tensor) -> Tensor:
+        return values
+
+    def total(self, values: Tensor) -> Tensor:
+        return values
+
+    def local(self, target_C: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        return target_C, torch.ones_like(target_C, dtype=torch.bool)
 
 
 class CausalLMHead(Linear):
@@ -37,6 +71,13 @@ class CausalLMHead(Linear):
     (Szegedy et al., 2016; torch's `cross_entropy`)."""
 
     label_smoothing = 0.0
+    vocabulary: Vocabulary | None = None
+    """Set where other processes hold other rows."""
+
+    def _parts(self) -> tuple[Weight, Vocabulary]:
+        """The rows that are here, and how they are a part of all."""
+        weight = local(self.weight)
+        return weight, self.vocabulary or WholeVocabulary(weight.shape[0])
 
     def loss(
         self, hidden_NE: Tensor, pack: Pack, tile_labels: int = TILE_LABELS
@@ -46,11 +87,12 @@ class CausalLMHead(Linear):
         hidden_NE: the hidden state of each label, in the order of the pack's labels.
         tile_labels: labels whose logits are held at once.
         """
-        trained = _trained_rows(self.weight)[0]
+        weight, vocabulary = self._parts()
         total = _TiledCrossEntropy.apply(
             hidden_NE,
-            trained,
-            self.weight,
+            _trained_rows(weight)[0],
+            weight,
+            vocabulary,
             pack.label_target_N,
             pack.label_weight_N,
             tile_labels,
@@ -63,7 +105,7 @@ class CausalLMHead(Linear):
         """-log softmax(h_n W^T)[target_n] of each label, without gradient: loss_N in fp32."""
         targets = pack.label_target_N
         found = [
-            _exponentials(hidden_NE[rows], self.weight, targets[rows])[2]
+            _exponentials(hidden_NE[rows], *self._parts(), targets[rows])[2]
             for rows in _label_tiles(len(targets), TILE_LABELS)
         ]
         return torch.cat(found) if found else hidden_NE.new_zeros(0, dtype=torch.float32)
@@ -72,11 +114,15 @@ class CausalLMHead(Linear):
     def likeliest(self, hidden_NE: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
         """`label_losses`, and for each label whether its target is the likeliest token."""
         losses, hits = [], []
+        weight, vocabulary = self._parts()
         for rows in _label_tiles(len(hidden_NE), TILE_LABELS):
             target_C = pack.label_target_N[rows]
-            exp_VC, _, loss_C = _exponentials(hidden_NE[rows], self.weight, target_C)
+            exp_VC, _, loss_C = _exponentials(hidden_NE[rows], weight, vocabulary, target_C)
             losses.append(loss_C)
-            hits.append(exp_VC.argmax(dim=0) == target_C)
+            place_C, here_C = vocabulary.local(target_C, len(exp_VC))
+            likeliest_C = here_C & (exp_VC.argmax(dim=0) == place_C)
+            likeliest_C &= exp_VC.amax(dim=0) == 1  # of all processes' rows: exp(0)
+            hits.append(vocabulary.total(likeliest_C.float()) > 0)
         return torch.cat(losses), torch.cat(hits)
 
 
@@ -87,11 +133,11 @@ def _label_tiles(labels: int, most: int) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(edges)]
 
 
-def _trained_rows(weight: Weight) -> tuple[nn.Parameter | None, slice]:
+def _trained_rows(weight: Weight) -> tuple[Tensor | None, slice]:
     """What is trained of a weight, and which rows of the vocabulary that is."""
     if isinstance(weight, GrownWeight):
         return weight.new_NE, weight.span
-    return (weight if isinstance(weight, nn.Parameter) else None), slice(None)
+    return (weight if isinstance(weight, Tensor) else None), slice(None)
 
 
 def _vocabulary_tiles(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -105,7 +151,7 @@ def _vocabulary_tiles(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[slic
 
 
 def _tiles(
-    weight: nn.Parameter | FrozenWeight, part: slice, dtype: torch.dtype
+    weight: Tensor | FrozenWeight, part: slice, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
     """Those of one part of the rows."""
     on_cpu = weight.device.type == "cpu"
@@ -124,7 +170,11 @@ def _tiles(
 
 
 def _exponentials(
-    hidden_CE: Tensor, weight: Weight, target_C: Tensor, smoothing: float = 0.0
+    hidden_CE: Tensor,
+    weight: Weight,
+    vocabulary: Vocabulary,
+    target_C: Tensor,
+    smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """exp(logit - largest)_VC in fp32, made in place of the logits, its sums over the vocabulary
     sum_1C, and loss_C. Over each other they are the softmax.
@@ -143,12 +193,16 @@ def _exponentials(
         largest_1C = torch.maximum(largest_1C, logits_VC[rows].amax(dim=0, keepdim=True))
         if smoothing:
             total_1C += logits_VC[rows].sum(dim=0, keepdim=True)
-    target_1C = logits_VC.gather(0, target_C[None])
+    largest_1C = vocabulary.highest(largest_1C)
+    place_C, here_C = vocabulary.local(target_C, len(logits_VC))
+    target_1C = logits_VC.gather(0, place_C[None]).masked_fill_(~here_C, 0)
+    target_1C = vocabulary.total(target_1C)
     if smoothing:
-        target_1C = target_1C.lerp(total_1C / len(logits_VC), smoothing)
+        target_1C = target_1C.lerp(vocabulary.total(total_1C) / vocabulary.size, smoothing)
     sum_1C = torch.zeros_like(largest_1C)
     for part_VC in logits_VC.split(CACHED_ROWS):
         sum_1C += part_VC.sub_(largest_1C).exp_().sum(dim=0, keepdim=True)
+    sum_1C = vocabulary.total(sum_1C)
     return logits_VC, sum_1C, (sum_1C.log() + largest_1C - target_1C).squeeze(0)
 
 
@@ -166,6 +220,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
         hidden_NE: Tensor,
         trained_VE: Tensor | None,
         weight: Weight,
+        vocabulary: Vocabulary,
         target_N: Tensor,
         weight_N: Tensor,
         tile_labels: int,
@@ -178,18 +233,21 @@ class _TiledCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden_NE.device)
         for rows in _label_tiles(len(target_N), tile_labels):
             target_C, weight_C = target_N[rows], weight_N[rows]
-            grad_VC, sum_1C, loss_C = _exponentials(hidden_NE[rows], weight, target_C, smoothing)
+            grad_VC, sum_1C, loss_C = _exponentials(
+                hidden_NE[rows], weight, vocabulary, target_C, smoothing
+            )
             total += (loss_C * weight_C).sum()
             if grad_NE is None and grad_VE is None:
                 continue
             # weight (softmax - onehot), the division and the weight left to each tile below.
-            grad_VC.scatter_add_(0, target_C[None], (smoothing - 1) * sum_1C)
+            place_C, here_C = vocabulary.local(target_C, len(grad_VC))
+            grad_VC.scatter_add_(0, place_C[None], (smoothing - 1) * sum_1C * here_C)
+            each = smoothing / vocabulary.size
             if grad_NE is None:
-                _scaled(grad_VC, sum_1C, weight_C, smoothing / len(grad_VC))
+                _scaled(grad_VC, sum_1C, weight_C, each)
             else:
-                grad_NE[rows] = _back_to_hidden(
-                    grad_VC, sum_1C, weight_C, smoothing, weight, hidden_NE.dtype
-                )
+                found = _back_to_hidden(grad_VC, sum_1C, weight_C, each, weight, hidden_NE.dtype)
+                grad_NE[rows] = vocabulary.total(found)
             if grad_VE is not None:
                 grad_VE += grad_VC[trained_rows].to(hidden_NE.dtype) @ hidden_NE[rows]
         ctx.save_for_backward(grad_NE, grad_VE)
@@ -202,6 +260,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
         return (
             None if grad_NE is None else grad_NE * scale.to(grad_NE.dtype),
             None if grad_VE is None else grad_VE * scale,
+            None,
             None,
             None,
             None,
@@ -220,7 +279,7 @@ def _back_to_hidden(
     grad_VC: Tensor,
     sum_1C: Tensor,
     weight_C: Tensor,
-    smoothing: float,
+    each: float,
     weight: Weight,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -228,7 +287,7 @@ def _back_to_hidden(
     in place first."""
     grad_CE = grad_VC.new_zeros(grad_VC.shape[1], weight.shape[1])
     for rows, w in _vocabulary_tiles(weight, dtype):
-        grad_C = _scaled(grad_VC[rows], sum_1C, weight_C, smoothing / len(grad_VC)).t()
+        grad_C = _scaled(grad_VC[rows], sum_1C, weight_C, each).t()
         if dtype == torch.float32:
             grad_CE.addmm_(grad_C, w)
         else:

@@ -16,6 +16,8 @@ from llamaweft.model.stores import Progress, random_sources, write_random_store
 from llamaweft.model.tokenizer import load_tokenizer
 from llamaweft.weights.codecs import CODECS, PLAIN
 
+NO_WEIGHTS = "none"
+
 
 def init_random(
     preset: str,
@@ -28,15 +30,17 @@ def init_random(
     """Write a model folder and return its config.
 
     base_weights: fp32 and bf16 make a Hugging Face folder; nf4 and int8 a folder with a store of
-    that codec, which only llamaweft opens and which is written a few rows at a time.
+    that codec, which only llamaweft opens and which is written a few rows at a time; none writes
+    config and tokenizer alone, which is all that a plan reads.
 
     The preset `tiny` takes its vocabulary from the tokenizer; the others keep theirs, which
     must hold it. Raises UserError for an unknown preset, codec or tokenizer, and a used folder.
     """
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}; known are {', '.join(PRESETS)}")
-    if base_weights not in CODECS:
-        raise UserError(f"--base-weights {base_weights}: weights are made as {', '.join(CODECS)}")
+    if base_weights not in (*CODECS, NO_WEIGHTS):
+        known = ", ".join((*CODECS, NO_WEIGHTS))
+        raise UserError(f"--base-weights {base_weights}: weights are made as {known}")
     loaded = load_tokenizer(tokenizer)
     config = PRESETS[preset]
     if preset == "tiny":
@@ -63,8 +67,9 @@ def init_random(
                 dtype=PLAIN[base_weights],
                 stop_ids=config.stop_ids,
             )
-        else:
-            write_description(aside, config, loaded.save_pretrained, config.stop_ids)
+            return config
+        write_description(aside, config, loaded.save_pretrained, config.stop_ids)
+        if base_weights != NO_WEIGHTS:
             write_random_store(aside, config, base_weights, seed, progress)
     return config
 

@@ -280,6 +280,13 @@ class LlamaForCausalLM(nn.Module):
     def device(self) -> torch.device:
         return self.model.norm.weight.device
 
+    @property
+    def key_value_heads(self) -> int:
+        """Those that this process computes: the config's, or where heads are shared out a part."""
+        attention = self.model.decoders[0].self_attn
+        features: int = attention.k_proj.out_features
+        return features // attention.head_dim
+
     def hidden(self, pack: Pack) -> Tensor:
         """The last hidden state h_TE of a pack."""
         return self.model(pack.ids_T, pack.positions_T, PackAttention(pack))

@@ -7,7 +7,7 @@ Trained weights are read and cast one at a time; frozen ones are mapped from the
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import cast
 
@@ -137,8 +137,13 @@ def same_weights(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return copy.deepcopy(model, {id(part): part for part in shared})
 
 
-def copy_weights(folder: Path, model: nn.Module) -> None:
-    """Fill a model's trained weights from a Hugging Face folder, which has others too.
+def copy_weights(
+    folder: Path,
+    model: nn.Module,
+    fill: Callable[[str, Tensor, Tensor], None] = lambda name, held, read: held.copy_(read),
+) -> None:
+    """Fill a model's trained weights from a Hugging Face folder, which has others too. fill: puts
+    what was read into what is held of it.
 
     Raises UserError where it lacks one.
     """
@@ -146,7 +151,7 @@ def copy_weights(folder: Path, model: nn.Module) -> None:
     with torch.no_grad():
         for tensor in tensor_files(folder):
             if tensor.name in missing:
-                missing.pop(tensor.name).copy_(tensor.read())
+                fill(tensor.name, missing.pop(tensor.name), tensor.read())
     if missing:
         raise UserError(
             f"{folder} lacks {min(missing)}, which this run trains; give the run's own folder"

@@ -14,7 +14,7 @@ T: tokens of the pack   S: segments   N: labels
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -123,6 +123,10 @@ class Pack:
         while (segment := self.parents[segment]) >= 0:
             chain.insert(0, segment)
         return chain
+
+    def weightless(self) -> Pack:
+        """The same pack, whose labels count nothing."""
+        return replace(self, label_weight_N=torch.zeros_like(self.label_weight_N))
 
     def to(self, device: torch.device) -> Pack:
         """The same pack on `device`."""

@@ -266,6 +266,18 @@ PRESETS = {
         bos_token_id=128000,
         eos_token_id=[128001, 128009],
     ),
+    "llama3-70b": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        rope_theta=500000.0,
+        max_position_embeddings=8192,
+        bos_token_id=128000,
+        eos_token_id=[128001, 128009],
+    ),
     "llama3.1-8b": LlamaConfig(
         vocab_size=128256,
         hidden_size=4096,

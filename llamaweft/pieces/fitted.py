@@ -57,8 +57,10 @@ class Fitted(Trained):
         the process holds, or a quarter of what is free."""
         budget = self.recipe.training.memory_budget
         if budget is None or self.runtime.device.type != "cpu":
-            return available_bytes(self.runtime.device) // 4
-        return max(LEAST_CACHE_BYTES, (budget - anon_bytes()) // 2)
+            room = available_bytes(self.runtime.device) // 4
+        else:
+            room = max(LEAST_CACHE_BYTES, (budget - anon_bytes()) // 2)
+        return min(self.ranks.gather(room))  # ranks answer together, in the same batches
 
     @cached_property
     def workload(self) -> Workload:

@@ -19,6 +19,7 @@ from llamaweft.model.new_tokens import NewTokens, add_new_tokens, named
 from llamaweft.model.presets import LlamaConfig
 from llamaweft.model.tokenizer import load_tokenizer, set_chat_template
 from llamaweft.model.untrained import untrained_tokens
+from llamaweft.parallel.ranks import ALONE, Ranks
 from llamaweft.plan.hardware import available_bytes
 from llamaweft.provenance import hub_commit, provenance
 from llamaweft.recipe import Recipe
@@ -29,15 +30,16 @@ from llamaweft.train.run_folder import RunFolder, read_json
 class Given:
     """A recipe, and what is built of it before anything is trained."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, ranks: Ranks = ALONE) -> None:
+        self.recipe, self.ranks = recipe, ranks
         self.on_rows: Callable[[int], None] = lambda rows: None
         self.say: Callable[[str], None] = lambda what: None
         """Told how many rows are prepared, and what takes long."""
 
     @cached_property
     def runtime(self) -> Runtime:
-        return choose_runtime(self.recipe.training.device, self.recipe.training.compute_dtype)
+        training = self.recipe.training
+        return choose_runtime(training.device, training.compute_dtype, self.ranks.local_rank)
 
     @property
     def device_name(self) -> str:
@@ -46,7 +48,11 @@ class Given:
 
     @cached_property
     def free_bytes(self) -> int:
-        return available_bytes(self.runtime.device)
+        """Memory that this process may take: of a machine that several ranks share, its part."""
+        free = available_bytes(self.runtime.device)
+        if self.runtime.device.type == "cpu":
+            free //= self.ranks.on_machine
+        return min(self.ranks.gather(free))
 
     @cached_property
     def model_folder(self) -> Path:

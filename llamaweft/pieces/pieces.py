@@ -26,6 +26,7 @@ from llamaweft.model.new_tokens import grow
 from llamaweft.model.presets import parameter_count
 from llamaweft.model.stores import cached_store, open_store, own_codec
 from llamaweft.model.task_heads import TaskHead
+from llamaweft.parallel.spread import spread
 from llamaweft.pieces.fitted import Fitted
 from llamaweft.plan.memory import trained_parameter_count
 from llamaweft.runtime import keep_freed_memory, return_freed_memory, trim_freed_memory
@@ -97,6 +98,7 @@ class Pieces(Fitted):
             self.schedule.loss_tile_labels,
             torch.bfloat16 if self.recipe.training.keep_activations == "bf16" else None,
         )
+        spread(model, self.ranks)
         return model
 
     def adapted(self, causal: LlamaForCausalLM) -> Model:

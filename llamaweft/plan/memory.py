@@ -40,9 +40,6 @@ fp64, and the norm with the adapter in fp32."""
 FRAGMENT_SHARE = 8
 """Fragments that the C library holds on to are this part of what is taken and freed, or less."""
 
-KEPT_SHARE = 4
-"""The same where large tensors are taken from what it keeps, instead of being mapped anew."""
-
 KEEPABLE = {
     "down_proj": ("down_proj", "hidden"),
     "o_proj": ("o_proj", "hidden"),
@@ -84,6 +81,8 @@ class Workload:
     in_backward: whether each gradient is used and freed as soon as it is there.
     large_tensors: whether the C library maps tensors one by one, so that it may give them back as
     soon as they are freed, or keep them.
+    elsewhere_numbers: trained numbers that other ranks hold, or the host, with their gradients and
+    moments. gathered_bytes: modules of several ranks that are whole for a moment (plan/rank.py).
     """
 
     config: LlamaConfig
@@ -108,6 +107,8 @@ class Workload:
     whole: Whole | None = None
     in_backward: bool = False
     large_tensors: bool = False
+    elsewhere_numbers: int = 0
+    gathered_bytes: int = 0
 
     @property
     def trains_all(self) -> bool:
@@ -223,16 +224,16 @@ def schedule(
     if loss_tile_labels is None:
         most = LOGIT_BYTES // (4 * work.outputs)
         loss_tile_labels = max(1, min(LEAST_LABELS, most))
-    trained = trained_parameter_count(work)
+    trained = held_parameter_count(work)
     layers = work.config.num_hidden_layers
     backward = range(work.lowest, layers)
     inputs = len(backward) * work.pack_tokens * work.config.hidden_size * work.compute_bytes
     kept = sum(kept_bytes(work, name, i) for i, names in enumerate(keep) for name in names)
     workspace = workspace_bytes(work, keep, loss_tile_labels)
     freed = inputs + kept + workspace
-    fragments = min(work.fragment_bytes, freed // FRAGMENT_SHARE)
-    if keeps_freed:
-        fragments = freed // KEPT_SHARE
+    fragments = freed // FRAGMENT_SHARE
+    if not keeps_freed:
+        fragments = min(work.fragment_bytes, fragments)
     held = NORM_BYTES * magnitude_count(work) + 4 * kept_start_numbers(work)
     parts = {
         "runtime": work.runtime_bytes + fragments,
@@ -245,6 +246,8 @@ def schedule(
     }
     of_a_step = sum(parts[name] for name in ("gradients", "optimizer", "activations"))
     parts["workspace"] = max(workspace, work.start_bytes - of_a_step)
+    if work.gathered_bytes:
+        parts["gathered"] = work.gathered_bytes
     if work.forgetting_bytes:
         parts["forgetting"] = work.forgetting_bytes
     again = sum(recomputed_multiplications(work, keep[i], i) for i in backward)
@@ -259,7 +262,7 @@ def _gradient_bytes(work: Workload, activations: int) -> int:
     layer; so they count only as far as they become the larger."""
     if work.in_backward:
         return 4 * _largest_at_once(work)
-    gradients = 4 * trained_parameter_count(work)
+    gradients = 4 * held_parameter_count(work)
     return gradients if work.accumulates else max(0, gradients - activations)
 
 
@@ -276,6 +279,11 @@ def trained_parameter_count(work: Workload) -> int:
     if work.trains_all and not work.config.tie_word_embeddings:
         trained -= work.config.vocab_size * work.config.hidden_size  # the head that it had
     return trained + work.head_outputs * work.config.hidden_size
+
+
+def held_parameter_count(work: Workload) -> int:
+    """Those of them that this process holds, and steps."""
+    return trained_parameter_count(work) - work.elsewhere_numbers
 
 
 def _largest_at_once(work: Workload) -> int:

@@ -19,8 +19,8 @@ class Plan:
 
     steps: optimizer steps. tokens: of the documents as given, computed_tokens: after shared
     prefixes, both in the whole run. packs: in an epoch. fits: whether the peak is within the
-    budget. cost: at price_per_hour. decisions: what was chosen and why, a sentence each.
-    warnings: what may surprise.
+    budget. cost: at price_per_hour of each device. decisions: what was chosen and why, a sentence
+    each. warnings: what may surprise.
     """
 
     schedule: Schedule
@@ -61,9 +61,14 @@ def make_plan(
     decisions: dict[str, str],
     max_seconds: float | None = None,
     price_per_hour: float | None = None,
+    seconds: dict[str, float] | None = None,
+    devices: int = 1,
 ) -> Plan:
-    """given_tokens: of the documents of a mean step. max_seconds: after which the run stops."""
-    seconds = step_seconds(work, schedule, step, speed)
+    """given_tokens: of the documents of a mean step. max_seconds: after which the run stops.
+    price_per_hour: of a device. seconds: of a mean step on `devices` of them, by part; left out,
+    those of one."""
+    if seconds is None:
+        seconds = step_seconds(work, schedule, step, speed)
     each = sum(seconds.values())
     total = steps * each
     warnings = []
@@ -92,7 +97,7 @@ def make_plan(
         tokens_per_second=given_tokens / each,
         speed=speed,
         price_per_hour=price_per_hour,
-        cost=None if price_per_hour is None else total / 3600 * price_per_hour,
+        cost=None if price_per_hour is None else total / 3600 * devices * price_per_hour,
         budget_bytes=budget_bytes,
         fits=schedule.peak_bytes <= budget_bytes,
         decisions=decisions,

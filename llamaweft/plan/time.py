@@ -17,8 +17,8 @@ from llamaweft.plan.flops import layer_flops, middle_layer_flops, training_flops
 from llamaweft.plan.memory import (
     Schedule,
     Workload,
+    held_parameter_count,
     most_recomputed_share,
-    trained_parameter_count,
 )
 from llamaweft.plan.shapes import LINEARS, sizes
 from llamaweft.plan.whole import Whole
@@ -75,11 +75,13 @@ class Speed:
 
 @dataclass(frozen=True)
 class StepWork:
-    """What a mean step has to do. squares: the sum of L^2 over its documents."""
+    """What a mean step has to do. squares: the sum of L^2 over its documents. packs: that its
+    tokens come in."""
 
     tokens: float
     labels: float
     squares: float
+    packs: float = 1.0
 
 
 def step_seconds(
@@ -117,14 +119,14 @@ def step_seconds(
     # A third of it is the forward pass.
     passed = (layers + 2 * backward) / 3
     elementwise = step.tokens * passes * passed * work.compute_bytes
-    optimizer = OPTIMIZER_PASSES * 4 * trained_parameter_count(work)
+    optimizer = OPTIMIZER_PASSES * 4 * held_parameter_count(work)
     return {
         "products": base * (1 + again) / speed.product_flops,
         "attention": attention / (ATTENTION_SHARE * speed.plain_flops),
         "adapter": narrow / (NARROW_SHARE * speed.plain_flops),
         "elementwise": elementwise / speed.bytes,
         "optimizer": optimizer / speed.bytes,
-        "calls": passed * speed.layer_seconds,
+        "calls": passed * speed.layer_seconds * step.packs,
     }
 
 
@@ -156,5 +158,5 @@ def _by_layers(
         "recomputation": products / one * packs * again * (layer.recomputed - layer.kept),
         "longer documents": longer * _attention_flops(work) / (ATTENTION_SHARE * speed.plain_flops),
         "head": labels * layer.label,
-        "optimizer": OPTIMIZER_PASSES * 4 * trained_parameter_count(work) / speed.bytes,
+        "optimizer": OPTIMIZER_PASSES * 4 * held_parameter_count(work) / speed.bytes,
     }

@@ -4,6 +4,10 @@ checkpoints/step-000100/ holds trained.safetensors, optimizer.safetensors, rng.s
 state.json and checksums.json; step-000100-pack-003/, made by a stop in the midst of the step after
 it, has gradients.safetensors and rng_at_start.safetensors too. Each is written aside, flushed to
 the disk and renamed.
+
+Where several ranks hold parts of a tensor, each writes its own into trained/ and optimizer/
+(parallel/parts.py); what every rank has, or holds a cut of, the first one writes whole. So a
+checkpoint says nothing of the ranks that wrote it, and any number of them goes on from it.
 """
 
 from __future__ import annotations
@@ -23,14 +27,18 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from llamaweft.errors import RunError, UserError
 from llamaweft.files import put_back, remove, take_place
+from llamaweft.parallel.parts import is_in_parts, outlines, read_parts, write_parts
+from llamaweft.parallel.ranks import ALONE, Ranks
 from llamaweft.train.guard import GuardState
+from llamaweft.train.optim import empty_optimizer_state
 
 TRAINED, OPTIMIZER, RNG = "trained.safetensors", "optimizer.safetensors", "rng.safetensors"
 GRADIENTS, RNG_AT_START = "gradients.safetensors", "rng_at_start.safetensors"
+TRAINED_PARTS, OPTIMIZER_PARTS = "trained", "optimizer"
 STATE, CHECKSUMS = "state.json", "checksums.json"
 DAMAGED = ".damaged-"
 START = "start"
@@ -103,11 +111,44 @@ class Snapshot:
     optimizer: dict[str, Tensor]
     gradients: dict[str, Tensor] = field(default_factory=dict)
     random_at_start: dict[str, Tensor] = field(default_factory=dict)
+    folder: Path | None = None
+    """Where it was read from: what several ranks wrote is an outline in it, without numbers."""
+
+    @torch.no_grad()
+    def restore(
+        self,
+        kept: dict[str, Tensor],
+        optimizer: torch.optim.Optimizer,
+        parameters: dict[str, nn.Parameter],
+        ranks: Ranks,
+    ) -> None:
+        """Fill the tensors of a model and the state of its optimizer, of several ranks what this
+        one holds of them. All ranks must call it."""
+        moments = empty_optimizer_state(optimizer, parameters, self.optimizer)
+        for found, tensors, subfolder in (
+            (self.trained, kept, TRAINED_PARTS),
+            (self.optimizer, moments, OPTIMIZER_PARTS),
+        ):
+            whole = {name: value for name, value in found.items() if not value.is_meta}
+            for name, value in whole.items():
+                if name in tensors:
+                    ranks.fill(name.partition(":")[0], tensors[name], value)
+            parts = {n: tensors[n] for n in found.keys() - whole.keys() if n in tensors}
+            if parts:
+                assert self.folder is not None
+                read_parts(self.folder / subfolder, parts)
 
 
-def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int, *, as_start: bool = False) -> Path:
+def save_checkpoint(
+    folder: Path,
+    snapshot: Snapshot,
+    keep: int,
+    *,
+    as_start: bool = False,
+    ranks: Ranks = ALONE,
+) -> Path:
     """Write the snapshot with the state of every random generator as a folder of `folder`, and
-    delete all but the newest `keep` checkpoints and the newest good one.
+    delete all but the newest `keep` checkpoints and the newest good one. All ranks must call it.
 
     as_start: write it as what the guard may go back to while there is no other; no run is resumed
     from there. Raises RunError where it cannot be written; those that were there stay.
@@ -115,14 +156,18 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int, *, as_start: bo
     target = folder / (START if as_start else snapshot.state.name)
     aside = folder / f".{target.name}.tmp"
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        _write(aside, snapshot)
-        take_place(aside, target)
-        good = good_checkpoints(folder)[-1:]
-        for old in [*complete_checkpoints(folder)[:-keep], *folder.glob(START)]:
-            if old not in good:
-                remove(old)
+        if ranks.first:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        ranks.barrier()
+        _write(aside, snapshot, ranks)
+        if ranks.first:
+            take_place(aside, target)
+            good = good_checkpoints(folder)[-1:]
+            for old in [*complete_checkpoints(folder)[:-keep], *folder.glob(START)]:
+                if old not in good:
+                    remove(old)
+        ranks.barrier()
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
@@ -133,18 +178,49 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int, *, as_start: bo
     return target
 
 
-def _write(folder: Path, snapshot: Snapshot) -> None:
-    save_file(_plain(snapshot.trained), folder / TRAINED)
-    save_file(_plain(snapshot.optimizer), folder / OPTIMIZER)
-    save_file(random_state(), folder / RNG)
+def _write(folder: Path, snapshot: Snapshot, ranks: Ranks) -> None:
+    for tensors, file, subfolder in (
+        (snapshot.trained, TRAINED, TRAINED_PARTS),
+        (snapshot.optimizer, OPTIMIZER, OPTIMIZER_PARTS),
+    ):
+        in_parts = {name: t for name, t in tensors.items() if is_in_parts(t)}
+        whole = {
+            name: ranks.whole(name.partition(":")[0], tensor)
+            for name, tensor in tensors.items()
+            if name not in in_parts
+        }
+        if in_parts:
+            write_parts(folder / subfolder, in_parts)
+        if ranks.first:
+            save_file(_plain(whole), folder / file)
+    random_states = ranks.gather(random_state())
+    if not ranks.first:
+        return
+    save_file(_of_ranks(random_states), folder / RNG)
     if snapshot.gradients:
         save_file(_plain(snapshot.gradients), folder / GRADIENTS)
         save_file(snapshot.random_at_start, folder / RNG_AT_START)
     (folder / STATE).write_text(json.dumps(asdict(snapshot.state), indent=2))
-    sums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    sums = {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=2))
-    for path in [*folder.iterdir(), folder]:
+    for path in [*folder.rglob("*"), folder]:
         _fsync(path)
+
+
+def _of_ranks(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The first rank's random state under its own names, those of others with their number."""
+    named = dict(states[0])
+    for rank, state in enumerate(states[1:], 1):
+        named |= {f"{name}@{rank}": tensor for name, tensor in state.items()}
+    return named
+
+
+def _of_rank(states: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """A rank's random state; where there were fewer ranks, that of the first."""
+    suffix = f"@{rank}"
+    own = {n.removesuffix(suffix): t for n, t in states.items() if n.endswith(suffix)}
+    return own or {name: tensor for name, tensor in states.items() if "@" not in name}
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -201,7 +277,7 @@ def what_is_wrong(folder: Path) -> str | None:
         if not isinstance(sums, dict) or not {TRAINED, OPTIMIZER, RNG, STATE} <= sums.keys():
             return f"the checkpoint {folder} cannot be read: {CHECKSUMS} does not name its files"
         for name, digest in sums.items():
-            if Path(name).name != name:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
                 return f"the checkpoint {folder} cannot be read: {CHECKSUMS} names {name!r}"
             if _sha256(folder / name) != digest:
                 return f"{folder / name} is damaged (its checksum is wrong)"
@@ -220,8 +296,9 @@ def read_state(folder: Path) -> LoopState:
 _UNREADABLE = (SafetensorError, LookupError, ValueError, TypeError, RuntimeError, ArithmeticError)
 
 
-def load_checkpoint(folder: Path) -> Snapshot:
-    """Read a checkpoint and put every random generator back.
+def load_checkpoint(folder: Path, ranks: Ranks = ALONE) -> Snapshot:
+    """Read a checkpoint and put every random generator back. Tensors that several ranks wrote are
+    outlines, without numbers, until they are restored.
 
     Raises UserError when a file is missing or does not have its checksum.
     """
@@ -231,13 +308,14 @@ def load_checkpoint(folder: Path) -> Snapshot:
         partial, before = folder / GRADIENTS, folder / RNG_AT_START
         if before.exists():
             restore_random_state(load_file(before))  # so that it is known to be one
-        restore_random_state(load_file(folder / RNG))
+        restore_random_state(_of_rank(load_file(folder / RNG), ranks.rank))
         return Snapshot(
             read_state(folder),
-            load_file(folder / TRAINED),
-            load_file(folder / OPTIMIZER),
+            load_file(folder / TRAINED) | outlines(folder / TRAINED_PARTS),
+            load_file(folder / OPTIMIZER) | outlines(folder / OPTIMIZER_PARTS),
             load_file(partial) if partial.exists() else {},
             load_file(before) if before.exists() else {},
+            folder,
         )
     except _UNREADABLE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -93,6 +93,16 @@ class PacksSplit:
 
 
 @dataclass(frozen=True)
+class RankLags:
+    """A rank kept the others waiting for several steps, `step` the last of them: it took so many
+    times as long as the middle one."""
+
+    step: int
+    rank: int
+    times: float
+
+
+@dataclass(frozen=True)
 class Ended:
     """The loop is over. reason: finished, early_stopping, or what a stop request said."""
 
@@ -101,7 +111,15 @@ class Ended:
 
 
 Event = (
-    Started | StepEnded | Validated | CheckpointSaved | StepLeftOut | WentBack | PacksSplit | Ended
+    Started
+    | StepEnded
+    | Validated
+    | CheckpointSaved
+    | StepLeftOut
+    | WentBack
+    | PacksSplit
+    | RankLags
+    | Ended
 )
 Listener = Callable[[Event], None]
 
@@ -112,16 +130,21 @@ class InterruptedByRequest(Exception):  # noqa: N818 - no error
 
 @dataclass
 class StopRequest:
-    """Asked from outside (Ctrl-C, a page): the loop ends after the current pack and saves."""
+    """Asked from outside (Ctrl-C, a page): the loop ends after the current pack and saves.
+
+    of_all: whether other processes must hear of it first, so that none of them waits in vain; the
+    loop tells them after a step, and nothing is cut short before.
+    """
 
     reason: str | None = None
+    of_all: bool = False
 
     def __call__(self, reason: str) -> None:
         self.reason = reason
 
     def check(self) -> None:
         """Raises InterruptedByRequest once a stop was asked for."""
-        if self.reason is not None:
+        if self.reason is not None and not self.of_all:
             raise InterruptedByRequest(self.reason)
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from llamaweft.errors import RunError
@@ -37,8 +36,8 @@ from llamaweft.train.events import (
     WentBack,
 )
 from llamaweft.train.misfit import check_fits
-from llamaweft.train.optim import load_optimizer_state, load_scaler_state, optimizer_state
-from llamaweft.train.step import Stepper
+from llamaweft.train.optim import load_scaler_state, optimizer_state
+from llamaweft.train.step import PackLike, Stepper
 
 LOWER_IS_BETTER = ("loss", "perplexity", "mae")
 Result = TypeVar("Result")
@@ -88,14 +87,16 @@ class Loop(Stepper):
     def resume(self, checkpoint: Path) -> None:
         """Put weights, optimizer, loss scale, position and random generators back. Raises UserError
         for a checkpoint that cannot be read or is none of this run."""
-        snapshot = load_checkpoint(checkpoint)
+        snapshot = load_checkpoint(checkpoint, self.ranks)
         kept = self.parameters | self.constants
-        steps = self.loader.total_steps
-        check_fits(snapshot, checkpoint, kept=kept, trained=self.parameters, total_steps=steps)
-        with torch.no_grad():
-            for name, tensor in kept.items():
-                tensor.copy_(snapshot.trained[name])
-        load_optimizer_state(self.optimizer, self.parameters, snapshot.optimizer)
+        check_fits(
+            snapshot,
+            checkpoint,
+            kept=self.ranks.outlines(kept),
+            trained=self.ranks.outlines(self.parameters),
+            total_steps=self.loader.total_steps,
+        )
+        snapshot.restore(kept, self.optimizer, self.parameters, self.ranks)
         self.state, self.random_at_start = snapshot.state, snapshot.random_at_start
         load_scaler_state(self.scaler, self.state.loss_scale, self.state.steps_at_loss_scale)
         self.optimizer.zero_grad(set_to_none=True)
@@ -118,7 +119,7 @@ class Loop(Stepper):
         if self.settings.guard.goes_back and not complete_checkpoints(self.settings.checkpoints):
             self._save(as_start=True)  # the first good state
         ended = self._over()  # it stays so when it is resumed
-        steps = self.loader.steps(self.state.step)
+        steps = self._steps()
         while ended is None:
             out_of_time, was_due = False, self.state.validation_due
             if not was_due:
@@ -127,7 +128,7 @@ class Loop(Stepper):
                     yield from self._step([pack.to(self.device) for pack in next(steps)], began)
                 if self._must_go_back():
                     self._go_back()
-                    steps = self.loader.steps(self.state.step)
+                    steps = self._steps()
                     continue
                 last = self.state.step == self.loader.total_steps
                 within = self.state.packs_done > 0
@@ -148,6 +149,13 @@ class Loop(Stepper):
         self.announce(Ended(self.state.step, ended))
         return ended
 
+    def _steps(self) -> Iterator[list[PackLike]]:
+        """This rank's packs of the steps to come."""
+        ranks = self.ranks
+        if ranks.alone:
+            return self.loader.steps(self.state.step)
+        return self.loader.steps(self.state.step, ranks.pack_index, ranks.layout.pack_ranks)
+
     def _over(self) -> str | None:
         """Why there is no step to take; None where there is, or a validation to do."""
         if self.state.validation_due:
@@ -158,10 +166,10 @@ class Loop(Stepper):
     def _ended(self, out_of_time: bool) -> str | None:
         """Why the loop ends here; None where it goes on."""
         if self.state.validation_due or self.state.packs_done > 0:
-            return self.stop.reason  # which cut it short
+            return self.stop_reason  # which cut it short
         if self.state.step < self.loader.total_steps and out_of_time:
             return OUT_OF_TIME
-        return self._over() or self.stop.reason
+        return self._over() or self.stop_reason
 
     def _must_go_back(self) -> bool:
         limit = self.settings.guard.max_skipped_steps
@@ -183,7 +191,9 @@ class Loop(Stepper):
             )
         best = self.state
         self.resume(sound[-1])
-        forget_after(self.settings.checkpoints, sound[-1])
+        if self.ranks.first:
+            forget_after(self.settings.checkpoints, sound[-1])
+        self.ranks.barrier()
         if best.best_step is not None:  # it lies in the run folder
             self.state.best_value, self.state.best_step = best.best_value, best.best_step
             self.state.best_metrics = best.best_metrics
@@ -202,6 +212,7 @@ class Loop(Stepper):
             self.state.validation_due = False
             return
         random = random_state()
+        self.ranks.at(f"the validation after step {self.state.step}")
         try:
             metrics = self.evaluator()
         except InterruptedByRequest:
@@ -243,7 +254,8 @@ class Loop(Stepper):
         if self.settings.max_seconds is None:
             return False
         needed = sum(self.longest.values())
-        return self._clock() - self.began + needed > self.settings.max_seconds
+        late = self._clock() - self.began + needed > self.settings.max_seconds
+        return self.ranks.from_first(late)
 
     def _ended_early(self) -> str | None:
         """Why the last validation ends the run; None where it does not."""
@@ -273,6 +285,7 @@ class Loop(Stepper):
             snapshot,
             self.settings.save_total_limit,
             as_start=as_start,
+            ranks=self.ranks,
         )
         if not as_start:
             self.announce(CheckpointSaved(self.state.step, folder))

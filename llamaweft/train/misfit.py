@@ -14,11 +14,10 @@ from torch import Tensor
 
 from llamaweft.errors import UserError
 from llamaweft.train.checkpoint import LoopState, Snapshot
+from llamaweft.train.optim import LIKE_THE_WEIGHTS
 
 WHOLE = ({"step", "exp_avg", "exp_avg_sq"}, {"step", "state1", "state2"}, {"momentum_buffer"})
 """The moments of a weight that belong together, in AdamW, in 8 bit, in gradient descent."""
-LIKE_THE_WEIGHTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
-"""Moments with a number for each weight."""
 
 
 def check_fits(

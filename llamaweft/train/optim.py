@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from llamaweft.errors import UserError
+from llamaweft.parallel.ranks import ALONE, Ranks, mesh_names
 
 ADAMW, ADAMW_8BIT = "adamw", "adamw_8bit"
 """The values of `training.optimizer`."""
@@ -24,6 +25,9 @@ RATIO = "lr_ratio"
 
 _BLOCK = 256
 """Elements of an 8-bit moment that share one fp32 scale, bitsandbytes' `absmax`."""
+
+LIKE_THE_WEIGHTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+"""Moments with a number for each weight."""
 
 _MAPS = ("qmap1", "qmap2")
 """What the 256 values of an 8-bit moment mean: one table for all parameters."""
@@ -70,9 +74,10 @@ def build_optimizer(
     adamw: moments in fp32, torch's fused kernel. adamw_8bit: moments in 8 bit, each block with a
     scale of its own (Dettmers et al., 2022), bitsandbytes' kernel.
     """
-    alike: dict[tuple[bool, float], list[nn.Parameter]] = defaultdict(list)
+    alike: dict[tuple[bool, float, tuple[str, ...]], list[nn.Parameter]] = defaultdict(list)
     for key, parameter in parameters.items():
-        alike[parameter.ndim < 2, (rate_ratios or {}).get(key, 1.0)].append(parameter)
+        ratio = (rate_ratios or {}).get(key, 1.0)
+        alike[parameter.ndim < 2, ratio, mesh_names(parameter)].append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": alike[kind], "weight_decay": 0.0 if kind[0] else weight_decay, RATIO: kind[1]}
         for kind in sorted(alike)  # matrices first
@@ -113,28 +118,43 @@ def optimizer_state(
     }
 
 
-def load_optimizer_state(
+def empty_optimizer_state(
     optimizer: torch.optim.Optimizer,
     parameters: dict[str, nn.Parameter],
-    state: dict[str, Tensor],
-) -> None:
-    """Put back what `optimizer_state` gave."""
-    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key, value in state.items():
+    found: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Give the optimizer the state that `optimizer_state` found, but for the numbers of moments
+    that have as many as their parameter: those are zeros, and returned by name, to be filled."""
+    states: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, value in found.items():
         name, _, moment = key.rpartition(":")
-        found[name][moment] = value
-    maps = found.pop("", {})
-    for name, moments in found.items():
+        states[name][moment] = value
+    maps = states.pop("", {})
+    to_fill = {}
+    for name, moments in states.items():
         parameter = parameters[name]
-        optimizer.state[parameter] = {
-            moment: value.item() if value.dtype == torch.int64 else value.to(parameter.device)
-            for moment, value in (moments | maps).items()
-        }
+        state: dict[str, Any] = {}
+        for moment, value in (moments | maps).items():
+            if moment in LIKE_THE_WEIGHTS:
+                state[moment] = torch.zeros_like(parameter, dtype=value.dtype)
+                to_fill[f"{name}:{moment}"] = state[moment]
+            else:
+                one = value.dtype == torch.int64
+                state[moment] = value.item() if one else value.to(parameter.device)
+        optimizer.state[parameter] = state
+    return to_fill
 
 
-def build_scaler(device: torch.device, compute_dtype: torch.dtype) -> torch.amp.GradScaler:
+def build_scaler(
+    device: torch.device, compute_dtype: torch.dtype, ranks: Ranks = ALONE
+) -> torch.amp.GradScaler:
     """Multiplies the loss, so that small gradients do not vanish in fp16, and divides them again
-    before they are used (Micikevicius et al., 2018). Disabled for every other dtype."""
+    before they are used (Micikevicius et al., 2018). Disabled for every other dtype. Of several
+    ranks all leave a step out where one overflowed."""
+    if ranks.in_step and compute_dtype == torch.float16:
+        from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+        return ShardedGradScaler(device.type)
     return torch.amp.GradScaler(device.type, enabled=compute_dtype == torch.float16)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llamaweft.files import write_text
-from llamaweft.train.events import Event, PacksSplit, StepLeftOut, WentBack
+from llamaweft.train.events import Event, PacksSplit, RankLags, StepLeftOut, WentBack
 from llamaweft.train.run_folder import text_of
 
 
@@ -59,5 +59,10 @@ def said_of(event: Event) -> str | None:
             return (
                 f"memory ran out in step {step + 1} ({reason}); packs of more than {tokens} tokens "
                 "are computed in parts from here on, with the same result"
+            )
+        case RankLags(step=step, rank=rank, times=times):
+            return (
+                f"rank {rank} keeps the others waiting: it took {times:.1f} times as long as the "
+                f"middle one in the steps up to {step}; look at what else runs there"
             )
     return None

@@ -18,9 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from llamaweft.errors import RunError
+from llamaweft.parallel.lags import Lags
+from llamaweft.parallel.ranks import ALONE, Ranks
 from llamaweft.runtime import anon_bytes, device_bytes, rss_bytes
 from llamaweft.train.checkpoint import LoopState, random_state, restore_random_state
-from llamaweft.train.events import Announcer, PacksSplit, StepEnded, StepLeftOut, StopRequest
+from llamaweft.train.events import (
+    Announcer,
+    PacksSplit,
+    RankLags,
+    StepEnded,
+    StepLeftOut,
+    StopRequest,
+)
 from llamaweft.train.guard import (
     GuardSettings,
     HarmError,
@@ -32,6 +41,9 @@ from llamaweft.train.guard import (
 from llamaweft.train.in_backward import InBackward
 from llamaweft.train.optim import scaler_state, set_learning_rate
 from llamaweft.train.schedule import LearningRate
+
+STOPS = (None, "SIGINT", "SIGTERM")
+"""What a run of several ranks may be asked to stop by, so that each can tell the others."""
 
 OVER_BUDGET = 1.1
 """How many times its budget a process may hold before packs are split: what plans may be off by."""
@@ -52,11 +64,18 @@ class PackLike(Protocol):
 
     def to(self, device: torch.device) -> PackLike: ...
 
+    def weightless(self) -> PackLike:
+        """The same micro-batch, none of whose labels counts."""
+
 
 class LoaderLike(Protocol):
     total_steps: int
 
-    def steps(self, start_step: int = 0) -> Iterator[list[Any]]: ...
+    def steps(self, start_step: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[list[Any]]:
+        """The packs of each step, of several ranks those of one."""
+
+    def size_of(self, step: int) -> int:
+        """Packs of the step after `step` finished ones, of all ranks together."""
 
     def documents_of(self, step: int) -> list[list[Any]]:
         """Of the step after `step` finished ones: the documents of each pack."""
@@ -88,6 +107,17 @@ class Settings:
     guard: GuardSettings = field(default_factory=GuardSettings)
 
 
+@dataclass(frozen=True)
+class Totals:
+    """Of a step on all ranks. labels: the sum of their weights. tokens: of documents as given."""
+
+    labels: float
+    tokens: float
+    computed_tokens: float
+    trained_tokens: float
+    useful_flops: float
+
+
 @dataclass(kw_only=True)
 class Stepper:
     """objective: a pack -> (weighted sum of losses, sum of weights).
@@ -96,6 +126,7 @@ class Stepper:
     in_backward: steps the optimizer while gradients are computed; None: after that.
     away_seconds: how long others had the device between two turns; no time of this run.
     weights_harmed: whether a step that did harm was taken in part.
+    ranks: this process among those of the run. lags: finds those that keep the others waiting.
     random_at_start: the random state when the step began that is being taken.
     """
 
@@ -114,8 +145,11 @@ class Stepper:
     in_backward: InBackward | None = None
     away_seconds: float = 0.0
     weights_harmed: bool = False
+    ranks: Ranks = ALONE
+    lags: Lags = field(default_factory=Lags)
     random_at_start: dict[str, Tensor] = field(default_factory=dict)
     _bears_over_budget: bool = False
+    _stop_of_all: str | None = None
 
     def _clock(self) -> float:
         """Seconds, without those that others had the device."""
@@ -127,16 +161,25 @@ class Stepper:
         yield
         self.away_seconds += time.perf_counter() - left
 
+    @property
+    def stop_reason(self) -> str | None:
+        """Why the run is to stop, once every rank knows."""
+        return self.stop.reason if self.ranks.alone else self._stop_of_all
+
     def _step(self, packs: list[PackLike], began: float) -> Iterator[None]:
         """Take the step, or leave it out; or, where a stop is asked for, end after a pack, with
-        `state.packs_done` above 0."""
+        `state.packs_done` above 0. packs: this rank's."""
+        self.ranks.at(f"step {self.state.step + 1}")
+        totals = self._totals(packs)
         rate = self.learning_rate(self.state.step + 1) * self.state.guard.learning_rate_factor
         set_learning_rate(self.optimizer, rate)
         harm = None
         try:
-            yield from self._accumulate_within_memory(packs)
-            if self.state.packs_done < len(packs):
+            computed = self._even(packs)
+            yield from self._accumulate_within_memory(computed, totals.labels)
+            if self.state.packs_done < len(computed):
                 return
+            self._hear(self._clock() - began)
             norm = self._update()
         except HarmError as found:
             harm = found
@@ -149,19 +192,18 @@ class Stepper:
         self.state.step += 1
         self.state.packs_done, self.state.loss_so_far = 0, 0.0
         seconds = self._clock() - began
-        tokens = sum(pack.document_tokens for pack in packs)
         self.announce(
             StepEnded(
                 step=self.state.step,
                 loss=loss,
                 lr=rate,
                 grad_norm=norm,
-                tokens=tokens,
-                computed_tokens=sum(pack.tokens for pack in packs),
-                trained_tokens=sum(pack.trained_tokens for pack in packs),
+                tokens=round(totals.tokens),
+                computed_tokens=round(totals.computed_tokens),
+                trained_tokens=round(totals.trained_tokens),
                 seconds=seconds,
-                tokens_per_second=tokens / seconds,
-                useful_flops_per_second=self.useful_flops(packs) / seconds,
+                tokens_per_second=totals.tokens / seconds,
+                useful_flops_per_second=totals.useful_flops / seconds,
                 anon_bytes=anon_bytes(),
                 rss_bytes=rss_bytes(),
                 device_bytes=device_bytes(self.device),
@@ -169,18 +211,60 @@ class Stepper:
             )
         )
 
+    # --- the ranks ------------------------------------------------------------------------------
+
+    def _totals(self, packs: list[PackLike]) -> Totals:
+        """Of the step's packs on all ranks."""
+        return Totals(
+            *self.ranks.total(
+                [
+                    sum(pack.label_weight_N.sum().item() for pack in packs),
+                    sum(pack.document_tokens for pack in packs),
+                    sum(pack.tokens for pack in packs),
+                    sum(pack.trained_tokens for pack in packs),
+                    self.useful_flops(packs) if packs else 0.0,
+                ]
+            )
+        )
+
+    def _even(self, packs: list[PackLike]) -> list[PackLike]:
+        """As many packs as every rank computes, where ranks wait for each other in each: a rank
+        that has fewer computes the step's first one once more, which counts nothing."""
+        if not self.ranks.in_step:
+            return packs
+        turns = math.ceil(self.loader.size_of(self.state.step) / self.ranks.layout.pack_ranks)
+        if len(packs) == turns:
+            return packs
+        again = self._pack(self.loader.documents_of(self.state.step)[0]).weightless()
+        return [*packs, again]
+
+    def _hear(self, seconds: float) -> None:
+        """Agree with the other ranks on the step's loss and on stopping; raises HarmError on all of
+        them where the loss of one is none, or where it is too high. seconds: this rank's work."""
+        if self.ranks.alone:
+            return
+        signal = STOPS.index(self.stop.reason) if self.stop.reason in STOPS else 0
+        rows = self.ranks.table([self.state.loss_so_far, signal, seconds])
+        place = self.ranks.layout.place
+        self.state.loss_so_far = sum(row[0] for n, row in enumerate(rows) if place(n).tensor == 0)
+        self._stop_of_all = STOPS[round(max(row[1] for row in rows))]
+        if not self.ranks.in_step:
+            for rank, times in self.lags.of([row[2] for row in rows]):
+                self.announce(RankLags(self.state.step + 1, rank, times))
+        self._check_loss(self.state.loss_so_far)
+
     # --- the gradient ---------------------------------------------------------------------------
 
-    def _accumulate_within_memory(self, packs: list[PackLike]) -> Iterator[None]:
+    def _accumulate_within_memory(self, packs: list[PackLike], count: float) -> Iterator[None]:
         """Accumulate, and where memory runs out start the step again with smaller packs."""
         if not self.state.packs_done:  # else it is a step that goes on after a stop
             self.random_at_start = random_state()
         while True:
             try:
-                yield from self._accumulate(packs)
+                yield from self._accumulate(packs, count)
                 return
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+                if not is_out_of_memory(error) or self.ranks.in_step:
                     raise
                 over_budget, reason = isinstance(error, OverBudgetError), str(error)
             # Only here, since the error holds on to everything that was being computed.
@@ -192,23 +276,25 @@ class Stepper:
             restore_random_state(self.random_at_start)
             self.state.packs_done, self.state.loss_so_far = 0, 0.0
 
-    def _accumulate(self, packs: list[PackLike]) -> Iterator[None]:
-        """Add up the gradients of the packs that are not done yet, and the loss.
+    def _accumulate(self, packs: list[PackLike], count: float) -> Iterator[None]:
+        """Add up the gradients of the packs that are not done yet, and the loss. count: the sum of
+        the weights of all labels of the step.
 
-        Raises HarmError before a backward pass from a loss that is none, or too high.
+        Raises HarmError before a backward pass from a loss that is none, or too high; of several
+        ranks each goes on, so that none waits for it in vain.
         """
-        count = torch.stack([pack.label_weight_N.sum() for pack in packs]).sum()
         for index in range(self.state.packs_done, len(packs)):
             for part in self._parts(packs[index], index):
                 total, _ = self.objective(part)
                 mean = total / count
                 self._check_budget()
                 loss = self.state.loss_so_far + mean.item()
-                self._check_loss(loss)
+                if self.ranks.alone:
+                    self._check_loss(loss)
                 self.scaler.scale(mean).backward()
                 self.state.loss_so_far = loss
             self.state.packs_done = index + 1
-            if self.stop.reason is not None and self.state.packs_done < len(packs):
+            if self.stop_reason is not None and self.state.packs_done < len(packs):
                 return
             yield from self._turn()
 
@@ -225,10 +311,16 @@ class Stepper:
     def _parts(self, pack: PackLike, index: int) -> list[PackLike]:
         """The pack with this index in the step, or what it is cut into."""
         tokens = self.state.guard.split_over_tokens
-        if tokens is None or pack.tokens <= tokens:
+        if tokens is None or pack.tokens <= tokens or self.ranks.in_step:
             return [pack]
-        documents = self.loader.documents_of(self.state.step)[index]
+        documents = self._documents(index)
         return [self._pack(part) for part in split(documents, tokens)]
+
+    def _documents(self, index: int) -> list[Any]:
+        """Of this rank's pack with this index in the step."""
+        every = self.loader.documents_of(self.state.step)
+        documents: list[Any] = every[self.ranks.pack_index :: self.ranks.layout.pack_ranks][index]
+        return documents
 
     def _pack(self, documents: list[Any]) -> PackLike:
         pack: PackLike = self.loader.collate(documents)
@@ -238,7 +330,8 @@ class Stepper:
         """Raises OverBudgetError where the process holds far more than the recipe allows. Between
         the forward and the backward pass all that is kept is there."""
         budget = self.settings.memory_budget
-        if budget is None or self._bears_over_budget or self.in_backward is not None:
+        borne = self._bears_over_budget or self.ranks.in_step
+        if budget is None or borne or self.in_backward is not None:
             return
         if (held := anon_bytes()) > OVER_BUDGET * budget:
             raise OverBudgetError(
@@ -253,7 +346,7 @@ class Stepper:
         recipe's budget alone is borne then.
         """
         guard = self.state.guard
-        documents = self.loader.documents_of(self.state.step)[self.state.packs_done]
+        documents = self._documents(self.state.packs_done)
         before = guard.split_over_tokens or pack.tokens
         parts = split(documents, before)
         tokens = max(sum(len(d.ids) for d in part) for part in parts) // 2
@@ -292,12 +385,9 @@ class Stepper:
                     f"the gradient's norm is {norm}", self.state.loss_so_far, weights_changed=True
                 )
             return norm
+        self.ranks.sum_gradients(self.parameters)
         self.scaler.unscale_(self.optimizer)
-        limit = self.settings.max_grad_norm
-        clipped = nn.utils.clip_grad_norm_(
-            self.parameters.values(), float("inf") if limit is None else limit
-        )
-        norm = clipped.item()
+        norm = self._clip()
         if not self.scaler.is_enabled() and not math.isfinite(norm):
             raise HarmError(f"the gradient's norm is {norm}", self.state.loss_so_far)
         self.scaler.step(self.optimizer)
@@ -311,6 +401,13 @@ class Stepper:
                 "or with bf16 where the device is fast in it"
             )
         return norm
+
+    def _clip(self) -> float:
+        limit = self.settings.max_grad_norm
+        if not self.ranks.alone:
+            return self.ranks.clip(self.parameters, limit)
+        most = math.inf if limit is None else limit
+        return nn.utils.clip_grad_norm_(self.parameters.values(), most).item()
 
     # --- harm -----------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ S: scale groups of 256 blocks, counted over the whole matrix
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -146,8 +147,50 @@ def decode_scales(parts: dict[str, Tensor]) -> Tensor:
     """scales_OB in fp32 from nf4's 8-bit codes."""
     codes = parts["scale_codes"]
     levels = torch.from_numpy(scale_levels()).to(codes.device)[codes.reshape(-1).long()]
-    second = parts["scale_scales"].repeat_interleave(SCALE_GROUP)[: len(levels)]
+    group = int(parts["scale_group"]) if "scale_group" in parts else SCALE_GROUP
+    second = parts["scale_scales"].repeat_interleave(group)[: len(levels)]
     return (levels * second + parts["scale_offset"]).view(codes.shape)
+
+
+def cut(codec: str, parts: dict[str, Tensor], dim: int, part: int, count: int) -> dict[str, Tensor]:
+    """Part `part` of `count` equal ones of a matrix, by rows (dim 0) or columns (dim 1): the same
+    codes, so the same numbers. Views where they can be.
+
+    nf4's groups of scales run over the whole matrix, so a part has smaller ones (`scale_group`
+    blocks each), none of which crosses a row. Raises ValueError where the dimension has not so many
+    equal parts of whole blocks.
+    """
+    rows, columns = next(iter(parts.values())).shape
+    columns *= 2 if codec == "nf4" else 1
+    size, unit = (rows, 1) if dim == 0 else (columns, 1 if codec in PLAIN else BLOCK)
+    if size % (count * unit):
+        raise ValueError(f"{size} {'rows' if dim == 0 else 'columns'} in {count} parts")
+    first = size // count * part
+    old = int(parts.get("scale_group", SCALE_GROUP))
+
+    def window(array: Tensor, numbers: int) -> Tensor:
+        """numbers: of the matrix, for each entry along the columns."""
+        if dim == 0:
+            return array[first : first + size // count]
+        return array[:, first // numbers : (first + size // count) // numbers]
+
+    if codec in PLAIN:
+        return {"values": window(parts["values"], 1)}
+    if codec == "int8":
+        return {"codes": window(parts["codes"], 1), "scales": window(parts["scales"], BLOCK)}
+    scale_codes = window(parts["scale_codes"], BLOCK)
+    all_blocks, blocks = columns // BLOCK, scale_codes.shape[1]
+    group = math.gcd(old, all_blocks, blocks)
+    top, left = (first, 0) if dim == 0 else (0, first // BLOCK)
+    row = torch.arange(top, top + len(scale_codes))[:, None] * all_blocks
+    place = row + torch.arange(left, left + blocks, group)
+    return {
+        "codes": window(parts["codes"], 2),
+        "scale_codes": scale_codes,
+        "scale_scales": parts["scale_scales"][(place // old).flatten().to(scale_codes.device)],
+        "scale_offset": parts["scale_offset"],
+        "scale_group": torch.tensor([group]),
+    }
 
 
 def decode(codec: str, parts: dict[str, Tensor], dtype: torch.dtype) -> Tensor:

@@ -10,6 +10,7 @@ T: tokens   I: input features   O: output features   N: rows asked for
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 from llamaweft.weights.codecs import (
     BLOCK,
     PLAIN,
+    cut,
     decode,
     decode_nf4_on_cuda,
     encode_scales,
@@ -61,6 +63,9 @@ class FrozenWeight:
     read; raises when what is held is not what was written.
     """
 
+    _source: Callable[[], dict[str, Tensor]] | None = None
+    _address = 0
+
     def __init__(
         self,
         codec: str,
@@ -73,13 +78,18 @@ class FrozenWeight:
         self.codec, self.shape, self._parts = codec, torch.Size(shape), parts
         self._scratch = scratch or Scratch()
         self._verify = verify
-        on_cpu = all(part.device.type == "cpu" for part in parts.values())
-        has_kernel = on_cpu and codec not in PLAIN
-        self._arrays = {k: part.numpy() for k, part in parts.items()} if has_kernel else {}
+        self._arrays = self._for_kernels()
+
+    def _for_kernels(self) -> dict[str, np.ndarray]:
+        on_cpu = all(part.device.type == "cpu" for part in self._parts.values())
+        has_kernel = on_cpu and self.codec not in PLAIN
+        array = Tensor.numpy if self._source is None else _array_at
+        return {k: array(part) for k, part in self._parts.items()} if has_kernel else {}
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self._parts.values())).device
+        parts = self._parts if self._source is None else self._source()
+        return next(iter(parts.values())).device
 
     @property
     def parts(self) -> dict[str, Tensor]:
@@ -87,7 +97,32 @@ class FrozenWeight:
         if self._verify is not None:
             self._verify()
             self._verify = None
+        if self._source is not None:
+            self._follow(self._source())
         return self._parts
+
+    def read_from(self, source: Callable[[], dict[str, Tensor]]) -> None:
+        """Have its arrays from `source` at every use from now on: they may lie elsewhere each time,
+        and RuntimeError is raised where they are not in memory at all."""
+        self._source = source
+        self._parts, self._arrays, self._address = {}, {}, 0
+
+    def _follow(self, parts: dict[str, Tensor]) -> None:
+        first = next(iter(parts.values()))
+        if not first.untyped_storage().nbytes():
+            raise RuntimeError(f"a matrix of shape {tuple(self.shape)} is read while it is away")
+        if first.data_ptr() != self._address:
+            self.place(parts)
+            self._address = first.data_ptr()
+
+    def cut(self, dim: int, part: int, count: int) -> FrozenWeight:
+        """Part `part` of `count` equal ones, by rows (dim 0) or columns (dim 1): the same numbers.
+        Raises ValueError where it cannot be cut so (weights/codecs.py)."""
+        parts = cut(self.codec, self.parts, dim, part, count)
+        shape = list(self.shape)
+        shape[dim] //= count
+        held = {name: array.contiguous() for name, array in parts.items()}
+        return FrozenWeight(self.codec, tuple(shape), held, scratch=self._scratch)
 
     def to(self, device: torch.device) -> FrozenWeight:
         """The same matrix on `device`; itself where it is there already."""
@@ -97,8 +132,9 @@ class FrozenWeight:
         return FrozenWeight(self.codec, tuple(self.shape), parts)
 
     def place(self, parts: dict[str, Tensor]) -> None:
-        """Read from these arrays from now on: the same numbers, on a GPU."""
-        self._parts, self._arrays = parts, {}
+        """Read from these arrays from now on: the same numbers, elsewhere."""
+        self._parts = parts
+        self._arrays = self._for_kernels()
 
     def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """w_OI, whole: a copy, or the held numbers themselves where they are of that dtype."""
@@ -204,6 +240,13 @@ class FrozenWeight:
             stop = min(start + tile, inputs)
             torch.mm(g_TO, self.columns(start, stop, g_TO.dtype), out=g_TI[:, start:stop])
         return g_TI
+
+
+def _array_at(part: Tensor) -> np.ndarray:
+    """The memory of a tensor as it is now. `Tensor.numpy` would keep it from being given back."""
+    buffer = (ctypes.c_char * part.nbytes).from_address(part.data_ptr())
+    kind = torch.empty(0, dtype=part.dtype).numpy().dtype
+    return np.frombuffer(buffer, kind).reshape(part.shape)
 
 
 def _squares(rows_NI: Tensor) -> Tensor:

@@ -18,11 +18,12 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from llamaweft.weights.codecs import NF4_LEVELS, midpoints, scale_levels
+from llamaweft.weights.codecs import NF4_LEVELS, SCALE_GROUP, midpoints, scale_levels
 
 PAIRS = np.stack([NF4_LEVELS[np.arange(256) >> 4], NF4_LEVELS[np.arange(256) & 15]], 1)
 EDGES = midpoints(NF4_LEVELS)
 SCALES = scale_levels()
+SHIFT = SCALE_GROUP.bit_length() - 1
 HAS_AVX2 = bool(binding.get_host_cpu_features().get("avx2", False))
 
 _F32, _I8, _I16, _I32 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32)
@@ -96,13 +97,13 @@ def _block_to_bf16(typing: Any, codes: Any, out: Any, levels: Any, scale: Any) -
 
 
 @numba.njit(parallel=True, cache=True)
-def _nf4_avx2_fp32(codes, scale_codes, second, offset, scale_table, levels, r0, b0, out):
+def _nf4_avx2_fp32(codes, scale_codes, second, shift, offset, scale_table, levels, r0, b0, out):
     blocks = scale_codes.shape[1]
     for row in numba.prange(out.shape[0]):
         r = r0 + row
         for block in range(out.shape[1] // 64):
             b = b0 + block
-            scale = scale_table[scale_codes[r, b]] * second[(r * blocks + b) // 256] + offset
+            scale = scale_table[scale_codes[r, b]] * second[(r * blocks + b) >> shift] + offset
             _block_to_fp32(  # type: ignore[call-arg]
                 codes.ctypes.data + r * codes.shape[1] + b * 32,
                 out.ctypes.data + (row * out.shape[1] + block * 64) * 4,
@@ -112,13 +113,13 @@ def _nf4_avx2_fp32(codes, scale_codes, second, offset, scale_table, levels, r0, 
 
 
 @numba.njit(parallel=True, cache=True)
-def _nf4_avx2_bf16(codes, scale_codes, second, offset, scale_table, levels, r0, b0, out):
+def _nf4_avx2_bf16(codes, scale_codes, second, shift, offset, scale_table, levels, r0, b0, out):
     blocks = scale_codes.shape[1]
     for row in numba.prange(out.shape[0]):
         r = r0 + row
         for block in range(out.shape[1] // 64):
             b = b0 + block
-            scale = scale_table[scale_codes[r, b]] * second[(r * blocks + b) // 256] + offset
+            scale = scale_table[scale_codes[r, b]] * second[(r * blocks + b) >> shift] + offset
             _block_to_bf16(  # type: ignore[call-arg]
                 codes.ctypes.data + r * codes.shape[1] + b * 32,
                 out.ctypes.data + (row * out.shape[1] + block * 64) * 2,
@@ -128,13 +129,13 @@ def _nf4_avx2_bf16(codes, scale_codes, second, offset, scale_table, levels, r0, 
 
 
 @numba.njit(parallel=True, cache=True)
-def _nf4_plain_fp32(codes, scale_codes, second, offset, scale_table, pairs, r0, b0, out):
+def _nf4_plain_fp32(codes, scale_codes, second, shift, offset, scale_table, pairs, r0, b0, out):
     blocks = scale_codes.shape[1]
     for row in numba.prange(out.shape[0]):
         r = r0 + row
         for block in range(out.shape[1] // 64):
             b = b0 + block
-            scale = scale_table[scale_codes[r, b]] * second[(r * blocks + b) // 256] + offset
+            scale = scale_table[scale_codes[r, b]] * second[(r * blocks + b) >> shift] + offset
             for j in range(32):
                 code = codes[r, b * 32 + j]
                 out[row, block * 64 + 2 * j] = pairs[code, 0] * scale
@@ -195,12 +196,14 @@ def _int8_encode(w, codes, scales):
 Arrays = dict[str, np.ndarray]
 
 
-def nf4_parts(parts: Arrays) -> tuple[Any, Any, Any, Any, Any]:
-    """What every kernel that reads nf4 begins its arguments with."""
+def nf4_parts(parts: Arrays) -> tuple[Any, Any, Any, int, Any, Any]:
+    """What every kernel that reads nf4 begins its arguments with. Groups of scales are powers of
+    two, so a shift finds a block's group."""
     return (
         parts["codes"],
         parts["scale_codes"],
         parts["scale_scales"],
+        int(parts["scale_group"][0]).bit_length() - 1 if "scale_group" in parts else SHIFT,
         parts["scale_offset"][0],
         SCALES,
     )

@@ -20,6 +20,12 @@ from llamaweft.weights.frozen import FrozenWeight
 from llamaweft.weights.grown import ROWS, GrownWeight
 
 
+def local(weight: Any) -> Any:
+    """A weight itself, or of one that is cut over several processes (a DTensor) the part that is
+    here, with its gradient."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
+
+
 class _Held(nn.Module):
     """A module whose `weight` is a trained parameter, a FrozenWeight, or one grown by trained rows
     of new tokens."""
@@ -68,7 +74,7 @@ class Linear(_Held):
             known_TO = _FrozenProduct.apply(x_TI, self.weight.base, (None,))
             new_TN = F.linear(x_TI, self.weight.new_NE.to(x_TI.dtype))
             return self.weight.joined(known_TO, new_TN, 1)
-        return _TrainedProduct.apply(x_TI, self.weight, (given,))
+        return _TrainedProduct.apply(x_TI, local(self.weight), (given,))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -84,7 +90,7 @@ class Embedding(_Held):
     def forward(self, ids_T: Tensor, dtype: torch.dtype) -> Tensor:
         if isinstance(self.weight, FrozenWeight | GrownWeight):
             return self.weight.gather(ids_T, dtype)
-        return F.embedding(ids_T, self.weight).to(dtype)
+        return F.embedding(ids_T, local(self.weight)).to(dtype)
 
 
 class _FrozenProduct(torch.autograd.Function):

@@ -117,14 +117,14 @@ def _int8_block(typing: Any, codes: Any, x: Any, sums: Any, scale: Any) -> Any:
 
 
 @numba.njit(parallel=True, cache=True)
-def _nf4_avx2(codes, scale_codes, second, offset, scale_table, levels, x, y):
+def _nf4_avx2(codes, scale_codes, second, shift, offset, scale_table, levels, x, y):
     blocks = scale_codes.shape[1]
     for chunk in numba.prange((len(y) + ROWS - 1) // ROWS):
         sums = np.empty(8, np.float32)
         for r in range(chunk * ROWS, min(chunk * ROWS + ROWS, len(y))):
             sums[:] = 0
             for b in range(blocks):
-                scale = scale_table[scale_codes[r, b]] * second[(r * blocks + b) // 256] + offset
+                scale = scale_table[scale_codes[r, b]] * second[(r * blocks + b) >> shift] + offset
                 _nf4_block(  # type: ignore[call-arg]
                     codes.ctypes.data + r * codes.shape[1] + b * 32,
                     x.ctypes.data + b * 256,
@@ -136,12 +136,12 @@ def _nf4_avx2(codes, scale_codes, second, offset, scale_table, levels, x, y):
 
 
 @numba.njit(parallel=True, cache=True)
-def _nf4_plain(codes, scale_codes, second, offset, scale_table, pairs, x, y):
+def _nf4_plain(codes, scale_codes, second, shift, offset, scale_table, pairs, x, y):
     blocks = scale_codes.shape[1]
     for r in numba.prange(len(y)):
         total = np.float32(0)
         for b in range(blocks):
-            scale = scale_table[scale_codes[r, b]] * second[(r * blocks + b) // 256] + offset
+            scale = scale_table[scale_codes[r, b]] * second[(r * blocks + b) >> shift] + offset
             part = np.float32(0)
             for j in range(32):
                 pair = pairs[codes[r, b * 32 + j]]

@@ -31,6 +31,7 @@ from llamaweft.model.gguf import convert_gguf
 from llamaweft.model.llama import empty_causal_lm
 from llamaweft.model.load import load_causal_lm
 from llamaweft.model.tokenizer import load_tokenizer
+from llamaweft.parallel.ranks import ALONE
 from llamaweft.recipe import Recipe, describe
 from llamaweft.train.checkpoint import (
     CHECKSUMS,
@@ -43,7 +44,7 @@ from llamaweft.train.checkpoint import (
     set_damaged_aside,
 )
 from llamaweft.train.misfit import check_fits
-from llamaweft.train.optim import build_optimizer, load_optimizer_state, optimizer_state
+from llamaweft.train.optim import build_optimizer, optimizer_state
 
 ABSURD: list[Any] = [
     *(
@@ -290,7 +291,7 @@ class Checkpoints(Target):
             snapshot, checkpoint, kept=self.parameters, trained=self.parameters, total_steps=10
         )
         optimizer = self._optimizer()
-        load_optimizer_state(optimizer, self.parameters, snapshot.optimizer)
+        snapshot.restore({}, optimizer, self.parameters, ALONE)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(snapshot.trained[name])

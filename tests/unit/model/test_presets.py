@@ -12,6 +12,7 @@ from llamaweft.model.presets import PRESETS, LlamaConfig, parameter_count
 # As published on the models' pages.
 PUBLISHED = {
     "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
     "llama3.1-8b": 8_030_261_248,
     "llama3.2-1b": 1_235_814_400,
     "llama3.2-3b": 3_212_749_824,

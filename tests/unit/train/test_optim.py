@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from llamaweft.errors import UserError
+from llamaweft.parallel.ranks import ALONE
 from llamaweft.train.checkpoint import LoopState, Snapshot, load_checkpoint, save_checkpoint
 from llamaweft.train.optim import (
     build_optimizer,
     check_optimizer_installed,
-    load_optimizer_state,
     optimizer_bytes_per_parameter,
     optimizer_state,
     set_learning_rate,
@@ -146,7 +146,7 @@ def test_resumed_from_a_checkpoint_it_goes_on_bit_for_bit(name: str, tmp_path: P
     second = {n: nn.Parameter(t) for n, t in loaded.trained.items()}
     second = {n: second[n] for n in first}
     resumed = built(name, second)
-    load_optimizer_state(resumed, second, loaded.optimizer)
+    loaded.restore({}, resumed, second, ALONE)
     take(resumed, second, given)
     assert all(torch.equal(second[n], whole[n]) for n in whole)
     ours, theirs = optimizer_state(resumed, second), optimizer_state(optimizer, whole)
