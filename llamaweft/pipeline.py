@@ -53,6 +53,7 @@ from llamaweft.parallel.agreement import check_same, digest, versions
 from llamaweft.parallel.layout import check_model, check_packs
 from llamaweft.parallel.methods import check_method
 from llamaweft.parallel.ranks import ALONE, Ranks
+from llamaweft.parallel.spread import let_go
 from llamaweft.plan.flops import training_flops
 from llamaweft.plan.memory import Schedule, kept_start_numbers, trained_parameter_count
 from llamaweft.plan.plan import Plan
@@ -425,6 +426,7 @@ class Pipeline(Measuring):
         """Put what was trained into the run folder: adapter/, or without one the model/. All ranks
         must call it; the first writes what they hold together."""
         folder, whole = self.run_folder, self.ranks.whole
+        let_go(model, self.ranks)
         state = None if self.lora is None else adapter_state(model, whole)
         if not self.ranks.first:
             if self.lora is None:
@@ -453,6 +455,7 @@ class Pipeline(Measuring):
         """Load what `save_trained` wrote into a model of this pipeline. Raises UserError where it
         is damaged."""
         folder = self.run_folder
+        let_go(model, self.ranks)
         if self.lora is None:
             check_recorded(folder.model)
             copy_weights(folder.model, model, self.ranks.fill)

@@ -57,4 +57,5 @@ def _row(needs: Any) -> str:
 
 
 def next_steps(job: Job) -> list[str]:
-    return [f"sky launch -c {job.name} job.yaml", f"rsync -a {job.name}:sky_workdir/runs ."]
+    place = job.output if job.output.startswith("/") else f"sky_workdir/{job.output}"
+    return [f"sky launch -c {job.name} job.yaml", f"rsync -a {job.name}:{place} ."]

@@ -66,6 +66,14 @@ def shard(model: Any, mesh: DeviceMesh, *, offload: bool) -> None:
     base.stream = base.tiling = stream
 
 
+def reshard(model: Any) -> None:
+    """Give back what was gathered of a model that is held in parts."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    model.model.stream.here = None
+
+
 def _shard_module(
     module: nn.Module, mesh: DeviceMesh, policy: OffloadPolicy, *, reshard_after_forward: bool
 ) -> None:
@@ -124,6 +132,7 @@ class ShardStream:
         self._goes_on = False
 
     def before(self, layer: int, step: int) -> None:
+        """`layer` is about to be used: gather it, and give the one before back."""
         if self.here not in (None, layer):
             self._let_go(cast(int, self.here))
         if self.here != layer:

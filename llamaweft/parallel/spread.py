@@ -24,3 +24,11 @@ def spread(model: Any, ranks: Ranks) -> None:
         from llamaweft.parallel.shard import shard
 
         shard(model, ranks.mesh["shard"], offload=layout.offload)
+
+
+def let_go(model: Any, ranks: Ranks) -> None:
+    """Give back what was gathered of a model, so that its parameters are what each rank holds."""
+    if ranks.layout.shard > 1:
+        from llamaweft.parallel.shard import reshard
+
+        reshard(model)

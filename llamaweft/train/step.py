@@ -428,15 +428,15 @@ class Stepper:
         random = random_state()
         try:
             total, count = self.objective(self._pack([document]))
-            mean = total / count
+            mean = total / count  # the same on all ranks, which try the same document
             highest = self.state.guard.highest_loss(self.settings.guard)
             if not math.isfinite(mean.item()) or mean.item() > highest:
                 return True
             if self.in_backward is not None:  # it would update the weights
                 return False
             mean.backward()
-            gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-            return not all(bool(gradient.isfinite().all()) for gradient in gradients)
+            self.ranks.sum_gradients(self.parameters)
+            return not math.isfinite(self.ranks.clip(self.parameters, None))
         finally:
             self.optimizer.zero_grad(set_to_none=True)
             restore_random_state(random)

@@ -64,7 +64,7 @@ class FrozenWeight:
     """
 
     _source: Callable[[], dict[str, Tensor]] | None = None
-    _address = 0
+    _addresses: list[int] | None = None
 
     def __init__(
         self,
@@ -105,15 +105,15 @@ class FrozenWeight:
         """Have its arrays from `source` at every use from now on: they may lie elsewhere each time,
         and RuntimeError is raised where they are not in memory at all."""
         self._source = source
-        self._parts, self._arrays, self._address = {}, {}, 0
+        self._parts, self._arrays, self._addresses = {}, {}, []
 
     def _follow(self, parts: dict[str, Tensor]) -> None:
-        first = next(iter(parts.values()))
-        if not first.untyped_storage().nbytes():
+        if not all(part.untyped_storage().nbytes() for part in parts.values()):
             raise RuntimeError(f"a matrix of shape {tuple(self.shape)} is read while it is away")
-        if first.data_ptr() != self._address:
+        addresses = [part.data_ptr() for part in parts.values()]
+        if addresses != self._addresses:
             self.place(parts)
-            self._address = first.data_ptr()
+            self._addresses = addresses
 
     def cut(self, dim: int, part: int, count: int) -> FrozenWeight:
         """Part `part` of `count` equal ones, by rows (dim 0) or columns (dim 1): the same numbers.

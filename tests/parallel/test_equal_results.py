@@ -8,15 +8,15 @@ else differs.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from byte_tokens import byte_tokenizer
 from ranked import furthest, losses, run_cases, trained
 
-from llamaweft.model.folder import read_config
 from llamaweft.model.init import random_tensors
+from llamaweft.model.presets import LlamaConfig
 from llamaweft.model.save import write_model
 from llamaweft.pipeline import Pipeline
 from llamaweft.recipe import Recipe
@@ -34,40 +34,41 @@ LAYOUTS = {
         {"shard": 2, "tensor": 2},
     ],
 }
-TASKS = ("lora-nf4", "lora-int8-tied", "full", "full-tied", "classification", "dora")
-WITHOUT_TENSOR = ("dora",)
+TASKS = ("lora-nf4", "full", "classification")
+MORE_TASKS = ("lora-int8-tied", "full-tied", "dora")
+"""Held in parts by two ranks only: a matrix for both ends, and norms of whole rows."""
+
+PAIRS = [(4, layout) for layout in LAYOUTS[4] if len(layout) == 2]
+ALONE = [(4, layout) for layout in LAYOUTS[4] if len(layout) == 1]
+TWO = [(2, layout) for layout in LAYOUTS[2]]
+CASES = {
+    "two": [(2, t, layout) for _, layout in TWO for t in TASKS]
+    + [(2, task, {"shard": 2}) for task in MORE_TASKS],
+    "pairs": [(4, task, layout) for _, layout in PAIRS for task in TASKS],
+    "four": [(4, task, layout) for _, layout in ALONE for task in TASKS],
+}
 
 
 def name_of(layout: dict[str, int]) -> str:
     return "-".join(f"{name}{size}" for name, size in layout.items())
 
 
-def cases_of(world: int) -> list[tuple[str, dict[str, int]]]:
-    return [
-        (task, layout)
-        for layout in LAYOUTS[world]
-        for task in TASKS
-        if not (task in WITHOUT_TENSOR and "tensor" in layout)
-    ]
-
-
-EVERY = [(world, task, layout) for world in LAYOUTS for task, layout in cases_of(world)]
-
-
 @pytest.fixture(scope="module")
-def models(tiny_folder: Path, tokenizer, tmp_path_factory: pytest.TempPathFactory) -> dict:
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """Models wide enough to be cut in four, with a head of their own and without."""
-    found = {}
+    found, tokenizer = {}, byte_tokenizer()
     for tied in (False, True):
-        config = replace(
-            read_config(tiny_folder),
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
             hidden_size=256,
             intermediate_size=512,
             num_hidden_layers=3,
             num_attention_heads=4,
             num_key_value_heads=4,
-            head_dim=64,
+            initializer_range=0.06,  # so that attention is not the same everywhere
             tie_word_embeddings=tied,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
         )
         folder = tmp_path_factory.mktemp("models") / f"wide-{tied}"
         folder.mkdir()
@@ -111,9 +112,10 @@ def recipe_for(task: str, models: dict, rows: dict[str, Path], output_dir: Path)
             "lr_scheduler_type": "constant",
             "warmup_ratio": 0,
             "weight_decay": 0.1,
+            "adam_epsilon": 1e-6,  # else the sign of what is rounding alone decides some updates
             "max_grad_norm": 0.5,
             "max_steps": 5,
-            "micro_batch_tokens": 128,
+            "micro_batch_tokens": 384,
             "gradient_accumulation_steps": 4,
             "checkpoint_every_steps": 3,
             "compute_dtype": "fp32",
@@ -129,28 +131,33 @@ def recipe_for(task: str, models: dict, rows: dict[str, Path], output_dir: Path)
 
 
 @pytest.fixture(scope="module")
-def runs(models: dict, rows: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every task trained by one process, and by each layout of two and of four."""
+def trained_by(models: dict, rows: dict[str, Path], tmp_path_factory: pytest.TempPathFactory):
+    """Trains tasks by layouts, and by one process; returns their run folders."""
     folder = tmp_path_factory.mktemp("runs")
-    for task in TASKS:
-        tree = recipe_for(task, models, rows, folder / f"{task}-alone")
-        Pipeline(Recipe.validate_tree(tree)).train()
-    for world in LAYOUTS:
+
+    def train(kind: str) -> Path:
         cases = []
-        for task, layout in cases_of(world):
+        for world, task, layout in CASES[kind]:
+            alone = folder / f"{task}-alone"
+            if not alone.exists():
+                tree = recipe_for(task, models, rows, alone)
+                Pipeline(Recipe.validate_tree(tree)).train()
             run = folder / f"{task}-{name_of(layout)}"
             cases.append({"recipe": recipe_for(task, models, rows, run), "layout": layout})
         run_cases(world, cases, folder)
-    return folder
+        return folder
+
+    return train
 
 
-@pytest.mark.parametrize(("world", "task", "layout"), EVERY, ids=str)
-def test_a_layout_learns_what_one_process_learns(
-    world: int, task: str, layout: dict[str, int], runs: Path
-) -> None:
-    ours, alone = runs / f"{task}-{name_of(layout)}", runs / f"{task}-alone"
-    for kind in ("train", "validation"):
-        assert losses(ours, kind) == pytest.approx(losses(alone, kind), rel=TOLERANCE)
-    assert len(losses(ours)) == 5
-    far, name = furthest(trained(ours), trained(alone))
-    assert far < TOLERANCE, name
+@pytest.mark.parametrize("kind", ["two", "pairs", pytest.param("four", marks=pytest.mark.slow)])
+def test_a_layout_learns_what_one_process_learns(kind: str, trained_by) -> None:
+    runs = trained_by(kind)
+    for _, task, layout in CASES[kind]:
+        ours, alone = runs / f"{task}-{name_of(layout)}", runs / f"{task}-alone"
+        assert len(losses(ours)) == 5
+        for record in ("train", "validation"):
+            wanted = pytest.approx(losses(alone, record), rel=TOLERANCE)
+            assert losses(ours, record) == wanted, ours.name
+        far, name = furthest(trained(ours), trained(alone))
+        assert far < TOLERANCE, f"{ours.name}: {name}"

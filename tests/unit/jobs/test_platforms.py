@@ -22,6 +22,7 @@ from llamaweft.recipe import Recipe
         ("runs/My run_1", "llamaweft-my-run-1"),
         ("runs/1", "llamaweft-1"),
         ("runs/" + "x" * 90, "llamaweft-" + "x" * 30),
+        ("runs/" + "x" * 29 + "-zz", "llamaweft-" + "x" * 29),
         ("runs/Über-" + "y" * 28 + "-z", "llamaweft-ber-" + "y" * 26),
     ],
 )

@@ -82,6 +82,10 @@ RANKS = {
                 "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_GPUS_ON_NODE": "1"},
         World(1, 2, 0, 1, "gnode10", PORT, "Slurm"),
     ),
+    "PyTorchJob, one process a pod": (
+        PYTORCHJOB | {"PET_NPROC_PER_NODE": "1"},
+        World(1, 2, 0, 1, "tune-master-0", 23456, "Kubernetes"),
+    ),
     "PyTorchJob": (PYTORCHJOB, World(1, 2, 0, 1, "tune-master-0", 23456, "Kubernetes")),
 }  # fmt: skip
 
