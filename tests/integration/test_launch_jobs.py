@@ -378,6 +378,7 @@ MISTAKES = {
         ["--device", "t4", "--devices", "4", "parallel={data: 2}"],
         "is 2 ranks",
     ),
+    "ranks for one device": (["--device", "t4", "parallel={data: 2}"], "is 2 ranks"),
     "more ranks than packs": (
         ["--device", "t4", "--devices", "128"],
         "128 ranks have packs of their own",
