@@ -6,6 +6,11 @@ import torch
 
 from llamaweft.parallel.environment import World
 from llamaweft.parallel.layout import Layout
+from llamaweft.parallel.methods import check_method
+from llamaweft.pieces.pieces import Pieces
+from llamaweft.plan.layouts import choose_layout, rank_budget
+from llamaweft.plan.memory import Workload
+from llamaweft.plan.rank import of_rank
 from llamaweft.recipe import Recipe
 
 
@@ -17,11 +22,34 @@ def device_kind(recipe: Recipe) -> str:
     return asked.partition(":")[0]
 
 
-def layout_of(recipe: Recipe, world: World | None) -> Layout:
-    """world: of this process, None where it is alone. Raises UserError where nothing fits."""
-    keys, processes = recipe.parallel, 1 if world is None else world.world
+def layout_of(recipe: Recipe, world: World | None) -> tuple[Layout, str]:
+    """The mesh, and the reason for it. world: this process's among others, None where it is alone.
+
+    Raises UserError where nothing fits the memory that a rank may take.
+    """
+    keys = recipe.parallel
     if keys != "auto":
-        return Layout(keys.data, keys.shard, keys.tensor, keys.offload)
-    if recipe.adapter.trains_all:
-        return Layout(shard=processes)
-    return Layout(data=processes)
+        layout = Layout(keys.data, keys.shard, keys.tensor, keys.offload)
+        return layout, f"{layout}: as the recipe says"
+    if world is None:
+        return Layout(), "one process"
+    pieces = Pieces(recipe)
+    on_cpu, accumulation = device_kind(recipe) == "cpu", recipe.training.gradient_accumulation_steps
+
+    def work_of(layout: Layout) -> Workload:
+        check_method(layout, recipe)
+        codec = pieces.base_weights
+        return of_rank(pieces.workload, layout, codec, mapped=on_cpu, packs=accumulation)
+
+    choice = choose_layout(
+        pieces.config,
+        work_of,
+        world=world.world,
+        per_node=world.local_world,
+        budget_bytes=rank_budget(
+            recipe.training.memory_budget, pieces.free_bytes, world.local_world if on_cpu else 1
+        ),
+        accumulation=accumulation,
+        packs=pieces.loader.total_packs,
+    )
+    return choice.layout, choice.reason

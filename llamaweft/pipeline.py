@@ -48,14 +48,14 @@ from llamaweft.model.folder import base_name
 from llamaweft.model.llama import Model
 from llamaweft.model.load import copy_weights
 from llamaweft.model.pack import Pack
-from llamaweft.model.presets import parameter_count
 from llamaweft.parallel.agreement import check_same, digest, versions
 from llamaweft.parallel.layout import check_model, check_packs
 from llamaweft.parallel.methods import check_method
 from llamaweft.parallel.ranks import ALONE, Ranks
 from llamaweft.parallel.spread import let_go
+from llamaweft.pieces.disk import disk_bytes
 from llamaweft.plan.flops import training_flops
-from llamaweft.plan.memory import Schedule, kept_start_numbers, trained_parameter_count
+from llamaweft.plan.memory import Schedule
 from llamaweft.plan.plan import Plan
 from llamaweft.plan.whole import Whole
 from llamaweft.planning import plan_run
@@ -82,7 +82,6 @@ from llamaweft.train.optim import (
     build_optimizer,
     build_scaler,
     check_optimizer_installed,
-    optimizer_bytes_per_parameter,
     trained_parameters,
 )
 from llamaweft.train.overfitting import OverfittingWatch, find_overfitting
@@ -206,7 +205,7 @@ class Pipeline(Measuring):
             self._go_on_with_schedule()
         plan = self.plan()
         self.schedule = ranks.from_first(self.schedule)
-        need_disk(folder.root, self._disk_bytes(), "the run")
+        need_disk(folder.root, disk_bytes(self), "the run")
         return ranks.from_first(plan)
 
     def _same_everywhere(self) -> dict[str, str]:
@@ -247,15 +246,6 @@ class Pipeline(Measuring):
     def plan(self) -> Plan:
         """Memory, time and decisions, before the start."""
         return plan_run(self)
-
-    def _disk_bytes(self) -> int:
-        """What checkpoints (weights and two moments each), the result and the logs will need."""
-        training, trained = self.recipe.training, trained_parameter_count(self.workload)
-        weights = 4 * (trained + kept_start_numbers(self.workload))
-        moments = optimizer_bytes_per_parameter(training.optimizer) * trained
-        checkpoints = int((training.save_total_limit + 1) * (weights + moments))
-        result = weights if self.lora is not None else 4 * parameter_count(self.config)
-        return checkpoints + 2 * result + self.workload.forgetting_bytes + 16 * 2**20
 
     def _open_folder(self, plan: Plan, resume: bool) -> Path | None:
         """Write what a run starts with, or check it against the run that goes on."""

@@ -21,9 +21,10 @@ from llamaweft.plan.hardware import matmul_flops_per_second, traffic_bytes_per_s
 from llamaweft.plan.layouts import Choice
 from llamaweft.plan.memory import MLP_TILE_TOKENS, Schedule, solve
 from llamaweft.plan.plan import Plan, make_plan
+from llamaweft.plan.rank import rank_step
 from llamaweft.plan.scale import Option, Scale, assumptions
 from llamaweft.plan.shapes import LINEARS, sizes
-from llamaweft.plan.time import Speed, StepWork
+from llamaweft.plan.time import Speed, StepWork, step_seconds
 from llamaweft.recipe import Recipe
 from llamaweft.runtime import COMPUTE_DTYPES, Runtime
 from llamaweft.weights.speed import product_rates
@@ -171,6 +172,7 @@ def plan_run(pieces: Pieces, price_per_hour: float | None = None) -> Plan:
         elif pieces.runs_a_layer:
             speed = speed_of_layers(pieces)
             schedule = pieces.schedule  # what the process holds was measured anew
+            seconds = _seconds_of_a_rank(pieces, schedule, speed)
         else:
             speed = speed_of(pieces, int(computed / packs))
     except UserError as error:
@@ -191,6 +193,17 @@ def plan_run(pieces: Pieces, price_per_hour: float | None = None) -> Plan:
         seconds=seconds,
         devices=devices,
     )
+
+
+def _seconds_of_a_rank(pieces: Pieces, schedule: Schedule, speed: Speed) -> dict[str, float] | None:
+    """Of a mean step on the rank that has the most packs, without what ranks send each other; None
+    of one process alone."""
+    if pieces.ranks.alone:
+        return None
+    loader, layout = pieces.loader, pieces.ranks.layout
+    step = rank_step(mean_step(pieces, loader.total_packs / loader.total_steps), layout)
+    seconds = step_seconds(pieces.workload, schedule, step, speed)
+    return {name: taken / layout.tensor for name, taken in seconds.items()}
 
 
 def mean_step(pieces: Pieces, packs: float = 1.0) -> StepWork:

@@ -98,7 +98,7 @@ def _train(loaded: Recipe, ranks: Ranks | None, resume: bool, json_output: bool)
     from llamaweft.pipeline import Pipeline
 
     if ranks is None:
-        check_world(layout_of(loaded, None), 1)
+        check_world(layout_of(loaded, None)[0], 1)
     pipeline = Pipeline(loaded, ranks or ALONE)
     result = run_with_progress(pipeline, resume=resume)
     if pipeline.ranks.first and json_output:

@@ -140,7 +140,7 @@ def same_weights(model: LlamaForCausalLM) -> LlamaForCausalLM:
 def copy_weights(
     folder: Path,
     model: nn.Module,
-    fill: Callable[[str, Tensor, Tensor], None] = lambda name, held, read: held.copy_(read),
+    fill: Callable[[str, Tensor, Tensor], object] = lambda name, held, read: held.copy_(read),
 ) -> None:
     """Fill a model's trained weights from a Hugging Face folder, which has others too. fill: puts
     what was read into what is held of it.

@@ -15,6 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from torch.distributed import PrefixStore, TCPStore
 
 from llamaweft.errors import RunError, UserError
 from llamaweft.parallel.environment import World, to_env
@@ -28,11 +29,12 @@ JOIN_SECONDS = 300.0
 
 @contextmanager
 def joined(
-    world: World, layout: Callable[[], Layout], device: str, timeout_seconds: float
+    world: World, layout: Callable[[], tuple[Layout, str]], device: str, timeout_seconds: float
 ) -> Iterator[Ranks]:
     """This process among those of the run, until the block is left.
 
-    layout: called on rank 0, once all are there; the others hear of it. device: cpu or cuda.
+    layout: called on rank 0, once all are there, for the mesh and the reason for it; the others
+    hear of it. device: cpu or cuda.
     timeout_seconds: how long a rank waits for another. Raises UserError where not all processes
     come, or the layout is of another number of them; RunError where one is lost on the way, with
     its rank.
@@ -68,7 +70,15 @@ def _meet(world: World, device: str, seconds: float) -> None:
     if device == "cuda":
         torch.cuda.set_device(world.local_rank)
     try:
-        PartialState(cpu=device == "cpu", timeout=timedelta(seconds=seconds))
+        # Names of its own for each start: torchrun's store outlives the ranks that it starts anew.
+        store = PrefixStore(f"start-{world.restarts}", _store(world, seconds))
+        PartialState(
+            cpu=device == "cpu",
+            store=store,
+            rank=world.rank,
+            world_size=world.world,
+            timeout=timedelta(seconds=seconds),
+        )
     except (dist.DistError, RuntimeError) as error:
         raise UserError(
             f"rank {world.rank} waited {seconds:.0f} s at {world.address}:{world.port} and not all "
@@ -77,28 +87,42 @@ def _meet(world: World, device: str, seconds: float) -> None:
         ) from None
 
 
+def _store(world: World, seconds: float) -> TCPStore:
+    """Where the ranks meet: rank 0 serves it, or the agent that started the ranks."""
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return TCPStore(
+        world.address,
+        world.port,
+        world.world,
+        is_master=world.rank == 0 and not served,
+        timeout=timedelta(seconds=seconds),
+        multi_tenant=True,
+    )
+
+
 def _ranks(
-    world: World, layout: Callable[[], Layout], device: str, timeout_seconds: float
+    world: World, layout: Callable[[], tuple[Layout, str]], device: str, timeout_seconds: float
 ) -> Ranks:
-    found: list[Layout | UserError | None] = [None]
+    found: list[tuple[Layout, str] | UserError | None] = [None]
     if world.rank == 0:
         try:
             chosen = layout()
-            check_world(chosen, world.world)
+            check_world(chosen[0], world.world)
             found[0] = chosen
         except UserError as error:  # for all ranks to end with
             found[0] = error
     dist.broadcast_object_list(found, src=0)
     if isinstance(found[0], UserError):
         raise found[0]
-    assert isinstance(found[0], Layout)
+    assert found[0] is not None
     return Ranks(
-        found[0],
+        found[0][0],
         world.rank,
         device,
         local_rank=world.local_rank,
         on_machine=world.local_world,
         timeout=timedelta(seconds=timeout_seconds),
+        reason=found[0][1],
     )
 
 

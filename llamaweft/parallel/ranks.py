@@ -46,9 +46,10 @@ class Cuts:
 class Ranks:
     """This process among those of a run.
 
-    layout: the mesh. rank: its number. local_rank: on its machine, None of one process alone;
-    on_machine: how many there are. watch: tells the others that this one lives. mesh: torch's, None
-    of one process alone. cuts: set once a model is cut over the tensor ranks (parallel/tensor.py).
+    layout: the mesh, with the reason for it. rank: its number. local_rank: on its machine, None of
+    one process alone; on_machine: how many there are. watch: tells the others that this one lives.
+    mesh: torch's, None of one process alone. cuts: set once a model is cut over the tensor ranks
+    (parallel/tensor.py).
     """
 
     def __init__(
@@ -59,8 +60,9 @@ class Ranks:
         local_rank: int | None = None,
         on_machine: int = 1,
         timeout: timedelta | None = None,
+        reason: str = "",
     ) -> None:
-        self.layout, self.rank = layout, rank
+        self.layout, self.rank, self.reason = layout, rank, reason
         self.local_rank, self.on_machine = local_rank, on_machine
         self.place = layout.place(rank)
         self.cuts = Cuts()
@@ -165,7 +167,8 @@ class Ranks:
             return [list(numbers)]
         mine = torch.tensor(numbers, dtype=torch.float64, device=self._device)
         all_of_them = mine.new_empty(self.layout.world, len(mine))
-        dist.all_gather_into_tensor(all_of_them, mine[None])
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(all_of_them, mine[None])
         return all_of_them.tolist()
 
     @property

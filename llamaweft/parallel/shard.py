@@ -13,6 +13,7 @@ Zhao et al. (2023): PyTorch FSDP.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Protocol, cast
@@ -49,6 +50,8 @@ def shard(model: Any, mesh: DeviceMesh, *, offload: bool) -> None:
 
     Everything else of the model stays as it is. All ranks must compute as many packs.
     """
+    # What it warns of, changing an output in place, no segment of a layer does.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     base = model.model
     layers = [(layer.self_attn, layer.mlp) for layer in base.layers]
     policy = CPUOffloadPolicy() if offload else OffloadPolicy()

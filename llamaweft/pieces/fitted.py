@@ -15,6 +15,7 @@ from llamaweft.model.stores import store_bytes
 from llamaweft.pieces.trained import Trained
 from llamaweft.plan.hardware import available_bytes
 from llamaweft.plan.memory import Schedule, Workload, solve
+from llamaweft.plan.rank import of_rank
 from llamaweft.plan.shapes import LINEARS, sizes
 from llamaweft.plan.whole import Whole, whole_of
 from llamaweft.runtime import anon_bytes
@@ -45,7 +46,20 @@ class Fitted(Trained):
 
     @cached_property
     def schedule(self) -> Schedule:
-        return solve(self.workload, self.budget_bytes)
+        return solve(self.rank_workload, self.budget_bytes)
+
+    @property
+    def rank_workload(self) -> Workload:
+        """What one rank has to do of it, where several share it."""
+        if self.ranks.alone:
+            return self.workload
+        return of_rank(
+            self.workload,
+            self.ranks.layout,
+            self.base_weights,
+            mapped=self.runtime.device.type == "cpu",
+            packs=self.recipe.training.gradient_accumulation_steps,
+        )
 
     @property
     def budget_bytes(self) -> int:

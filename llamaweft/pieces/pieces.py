@@ -202,4 +202,5 @@ class Pieces(Fitted):
             f"{1 - computed / given:.0%}: what documents of a pack begin with in common"
             if self.shares_prefixes
             else f"computed for each document: {self._unshared_because}",
+            **({} if self.ranks.alone else {"parallel": self.ranks.reason}),
         }

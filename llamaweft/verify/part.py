@@ -21,6 +21,7 @@ from torch import Tensor
 from llamaweft.errors import RunError, UserError
 from llamaweft.judge import Judge
 from llamaweft.model.llama import Model
+from llamaweft.pieces.disk import disk_bytes
 from llamaweft.pipeline import Pipeline
 from llamaweft.plan.plan import Plan
 from llamaweft.recipe import Recipe
@@ -67,7 +68,7 @@ class Part(Pipeline):
     @property
     def run_bytes(self) -> int:
         """What the run folder may take."""
-        return self._disk_bytes()
+        return disk_bytes(self)
 
     def begin(self, folders: dict[int, Path]) -> None:
         """Make a run folder for each number of steps, with a checkpoint as if so many steps had

@@ -246,7 +246,7 @@ def _array_at(part: Tensor) -> np.ndarray:
     """The memory of a tensor as it is now. `Tensor.numpy` would keep it from being given back."""
     buffer = (ctypes.c_char * part.nbytes).from_address(part.data_ptr())
     kind = torch.empty(0, dtype=part.dtype).numpy().dtype
-    return np.frombuffer(buffer, kind).reshape(part.shape)
+    return np.frombuffer(memoryview(buffer), kind).reshape(part.shape)
 
 
 def _squares(rows_NI: Tensor) -> Tensor:

@@ -8,7 +8,14 @@ import json
 import os
 import sys
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+
+
+def stop_at(step: int | None, stop: object, event: object) -> None:
+    """Have one rank asked to stop, as a signal would."""
+    if type(event).__name__ == "StepEnded" and event.step == step:
+        stop("SIGTERM")
 
 
 def main(cases: list[dict]) -> None:
@@ -19,6 +26,7 @@ def main(cases: list[dict]) -> None:
     from llamaweft.parallel.ranks import Ranks
     from llamaweft.pipeline import Pipeline
     from llamaweft.recipe import Recipe
+    from llamaweft.train.events import StopRequest
 
     torch.set_num_threads(1)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -26,7 +34,12 @@ def main(cases: list[dict]) -> None:
     for case in cases:
         recipe = Recipe.validate_tree(case["recipe"])
         ranks = Ranks(Layout(**case["layout"]), rank, local_rank=rank, on_machine=world)
-        Pipeline(recipe, ranks).train(resume=case.get("resume", False))
+        stop = StopRequest()
+        Pipeline(recipe, ranks).train(
+            resume=case.get("resume", False),
+            listeners=[partial(stop_at, case.get("stop_after"), stop)],
+            stop=stop,
+        )
     dist.destroy_process_group()
 
 

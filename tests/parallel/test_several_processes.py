@@ -12,7 +12,11 @@ from pathlib import Path
 
 import pytest
 from conftest import write_recipe
-from ranked import free_port, furthest, losses, rank_env, trained
+from ranked import free_port, furthest, losses, rank_env, run_cases, trained
+
+from llamaweft.pipeline import Pipeline
+from llamaweft.recipe import Recipe
+from llamaweft.train.events import StepEnded, StopRequest
 
 LIMIT_SECONDS = 150
 LOST_SECONDS = 30
@@ -88,10 +92,11 @@ def test_other_launchers_start_two_machines(launcher: str, recipe: Path, tmp_pat
             ]  # fmt: skip
         else:
             how = [
-                "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 2, "--machine_rank",
-                node, "--main_process_ip", "127.0.0.1", "--main_process_port", port, "--rdzv_backend", "static",
-                "--num_cpu_threads_per_process", 1,
-            ]  # fmt: skip
+                "accelerate.commands.launch",  # --multi_gpu: several processes by torchrun
+                *("--multi_gpu", "--num_processes", 2, "--num_machines", 2, "--machine_rank", node),
+                *("--main_process_ip", "127.0.0.1", "--main_process_port", port),
+                *("--rdzv_backend", "static", "--mixed_precision", "no", "--dynamo_backend", "no"),
+            ]
         groups.append(start(*how, "-m", "llamaweft", "train", recipe, "parallel.shard=2"))
     ends = [end(group) for group in groups]
     assert [code for code, _, _ in ends] == [0, 0], ends
@@ -199,34 +204,41 @@ def test_a_signal_saves_on_all_ranks(recipe: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["lora", "none"])
 def test_another_number_of_ranks_goes_on(method: str, recipe_tree: dict, tmp_path: Path) -> None:
-    """Two steps on four ranks, two on two, two on one: as six on one."""
-    recipe_tree["adapter"] = {"method": method} | (
-        {"r": 4, "lora_alpha": 8} if method == "lora" else {}
-    )
+    """Stopped after two steps on four ranks, after two more on two, after two more on one, ended
+    by four again: as eight steps of one process. (A stop is heard of in the step after it.)"""
+    adapter = {"method": method} | ({"r": 4, "lora_alpha": 8} if method == "lora" else {})
+    recipe_tree["adapter"] = adapter
     recipe_tree["training"] |= {
         "learning_rate": 1e-4,
+        "adam_epsilon": 1e-6,
+        "max_steps": 8,
         "gradient_accumulation_steps": 4,
-        "memory_budget": "1GiB",
+        "checkpoint_every_steps": 100,
+        "memory_budget": "2GiB",
     }
     if method == "none":
         del recipe_tree["base_weights"]
-    recipe = write_recipe(recipe_tree, tmp_path / "recipe.yaml")
-    single = alone(recipe, tmp_path / "alone")
-    for ranks, kind in ((4, "shard"), (2, "data")):
-        # The first two steps of six: stopped by a signal that comes after them.
-        launched = start(
-            "llamaweft", "train", recipe, f"parallel.{kind}={ranks}", "--nproc", ranks, "--resume"
-        )
-        wait_for(
-            tmp_path / "run" / "checkpoints" / ("step-000002" if ranks == 4 else "step-000004")
-        )
-        launched.send_signal(signal.SIGTERM)
-        code, _, err = end(launched)
-        assert code in (143, 0), err
-    code, _, err = train(recipe, "--resume")
-    assert code == 0, err
-    assert losses(tmp_path / "run") == pytest.approx(losses(single), rel=1e-5)
-    assert furthest(trained(tmp_path / "run"), trained(single))[0] < 1e-5
+    single = recipe_tree | {"output_dir": str(tmp_path / "alone")}
+    Pipeline(Recipe.validate_tree(single)).train()
+    case = {"recipe": recipe_tree, "resume": True}
+    for ranks, layout, step in ((4, {"shard": 4}, 2), (2, {"tensor": 2}, 4)):
+        run_cases(ranks, [case | {"layout": layout, "stop_after": step - 1}], tmp_path)
+        (saved,) = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1:]
+        assert saved.name == f"step-{step:06d}"
+        assert not list(saved.rglob("*.pt")) + list(saved.rglob("*.distcp"))  # no pickles
+    stop = StopRequest()
+
+    def stop_at_six(event: object) -> None:
+        if isinstance(event, StepEnded) and event.step == 6:
+            stop("SIGTERM")
+
+    pipeline = Pipeline(Recipe.validate_tree(recipe_tree))
+    pipeline.train(resume=True, listeners=[stop_at_six], stop=stop)
+    run_cases(4, [case | {"layout": {"data": 2, "shard": 2}}], tmp_path)
+    run = tmp_path / "run"
+    assert losses(run) == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+    assert len(losses(run)) == 8
+    assert furthest(trained(run), trained(tmp_path / "alone"))[0] < 1e-5
 
 
 def test_torchrun_starts_again_from_the_last_checkpoint(recipe: Path, tmp_path: Path) -> None:
