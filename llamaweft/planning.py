@@ -181,7 +181,7 @@ def plan_run(pieces: Pieces, price_per_hour: float | None = None) -> Plan:
     return make_plan(
         pieces.workload,
         schedule,
-        mean_step(pieces),
+        mean_step(pieces, loader.total_packs / loader.total_steps),
         speed,
         steps=loader.total_steps,
         given_tokens=given * per_step,
@@ -206,7 +206,7 @@ def _seconds_of_a_rank(pieces: Pieces, schedule: Schedule, speed: Speed) -> dict
     return {name: taken / layout.tensor for name, taken in seconds.items()}
 
 
-def mean_step(pieces: Pieces, packs: float = 1.0) -> StepWork:
+def mean_step(pieces: Pieces, packs: float) -> StepWork:
     """What a mean step of the run has to do, over all ranks together. packs: that it is said to
     come in."""
     loader = pieces.loader

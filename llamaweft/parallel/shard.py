@@ -54,7 +54,8 @@ def shard(model: Any, mesh: DeviceMesh, *, offload: bool) -> None:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     base = model.model
     layers = [(layer.self_attn, layer.mlp) for layer in base.layers]
-    policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+    pinned = mesh.device_type == "cuda"  # torch cannot pin memory for a CPU
+    policy = CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy()
     for module in [m for pair in layers for m in pair]:
         _shard_module(module, mesh, policy, reshard_after_forward=False)
     head = getattr(model, "lm_head", None)
