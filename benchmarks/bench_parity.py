@@ -2,6 +2,7 @@
 
     python -m benchmarks.bench_parity builtin:smollm2-135m --train
     python -m benchmarks.bench_parity llama3.2-1b
+    python -m benchmarks.bench_parity llama3.2-1b --only q5_0 q4_1 q4_0
 
 Each export is opened by its real consumer (docs/export.md). The run is trained for a few steps with
 --train, else it is an adapter of random numbers (bench_export.py); a preset has random weights and
@@ -82,6 +83,7 @@ def main() -> int:
     parser.add_argument("--train", action="store_true", help="train for a few steps")
     parser.add_argument("--work", type=Path, default=cache_dir() / "bench" / "parity")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--only", nargs="+", help="of the formats, those with one of these words")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(options.work / "run", ignore_errors=True)
@@ -95,6 +97,8 @@ def main() -> int:
     found, lines = [], [HEAD, "|" + "---|" * HEAD.count(" | ") + "---|"]
     print("\n".join(lines))
     for to, more in FORMATS:
+        if options.only and not {to, *more.values()} & {*options.only}:
+            continue
         found.append(proven(run, to, more, options.work / "out"))
         lines.append(row(found[-1]))
         print(lines[-1], flush=True)
