@@ -30,10 +30,14 @@ def main(cases: list[dict]) -> None:
 
     torch.set_num_threads(1)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    kinds = {case["recipe"]["training"]["device"].partition(":")[0] for case in cases}
+    (kind,) = kinds  # of one process group
+    if kind == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(seconds=120))
     for case in cases:
         recipe = Recipe.validate_tree(case["recipe"])
-        ranks = Ranks(Layout(**case["layout"]), rank, local_rank=rank, on_machine=world)
+        ranks = Ranks(Layout(**case["layout"]), rank, kind, local_rank=rank, on_machine=world)
         stop = StopRequest()
         Pipeline(recipe, ranks).train(
             resume=case.get("resume", False),
