@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from llamaweft.parallel.environment import World
 from llamaweft.parallel.layout import Layout
 from llamaweft.parallel.methods import check_method
 from llamaweft.pieces.pieces import Pieces
@@ -22,8 +21,8 @@ def device_kind(recipe: Recipe) -> str:
     return asked.partition(":")[0]
 
 
-def layout_of(recipe: Recipe, world: World | None) -> tuple[Layout, str]:
-    """The mesh, and the reason for it. world: this process's among others, None where it is alone.
+def layout_of(recipe: Recipe, processes: int = 1, per_machine: int = 1) -> tuple[Layout, str]:
+    """The mesh of so many processes, `per_machine` on each machine, and the reason for it.
 
     Raises UserError where nothing fits the memory that a rank may take.
     """
@@ -31,7 +30,7 @@ def layout_of(recipe: Recipe, world: World | None) -> tuple[Layout, str]:
     if keys != "auto":
         layout = Layout(keys.data, keys.shard, keys.tensor, keys.offload)
         return layout, f"{layout}: as the recipe says"
-    if world is None:
+    if processes == 1:
         return Layout(), "one process"
     pieces = Pieces(recipe)
     on_cpu, accumulation = device_kind(recipe) == "cpu", recipe.training.gradient_accumulation_steps
@@ -44,10 +43,10 @@ def layout_of(recipe: Recipe, world: World | None) -> tuple[Layout, str]:
     choice = choose_layout(
         pieces.config,
         work_of,
-        world=world.world,
-        per_node=world.local_world,
+        world=processes,
+        per_node=per_machine,
         budget_bytes=rank_budget(
-            recipe.training.memory_budget, pieces.free_bytes, world.local_world if on_cpu else 1
+            recipe.training.memory_budget, pieces.free_bytes, per_machine if on_cpu else 1
         ),
         accumulation=accumulation,
         packs=pieces.loader.total_packs,

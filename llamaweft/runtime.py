@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import numba
 import numpy as np
 import psutil
 import torch
@@ -122,6 +123,13 @@ def cpu_has_bf16() -> bool:
     except OSError:
         return False
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def share_cores(processes: int) -> None:
+    """Compute with a part of the threads, as one of so many processes on this machine does."""
+    threads = max(1, torch.get_num_threads() // processes)
+    numba.set_num_threads(min(threads, numba.get_num_threads()))
+    torch.set_num_threads(threads)  # after numba, which sets OpenMP's as it starts its own
 
 
 def seed_everything(seed: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -11,6 +11,9 @@ from rich.markup import escape
 from llamaweft.cli.terminal import JsonFlag, duration, facts, gib, out, print_json, table
 from llamaweft.errors import UserError
 from llamaweft.recipe import Recipe
+
+if TYPE_CHECKING:
+    from llamaweft.pieces.pieces import Pieces
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
@@ -27,6 +30,9 @@ def plan(
     devices: Annotated[
         str | None, typer.Option(help="Several of one kind, such as 64xh100: by data sheets.")
     ] = None,
+    nproc: Annotated[
+        int, typer.Option(help="Processes on this machine that share the run.", min=1)
+    ] = 1,
     nodes: Annotated[int, typer.Option(help="Machines that --devices are in, evenly.", min=1)] = 1,
     network_gbit: Annotated[
         float | None,
@@ -39,17 +45,18 @@ def plan(
     json_output: JsonFlag = False,
 ) -> None:
     """Peak memory by part, seconds a step, total time and tokens; what was chosen and why."""
-    from llamaweft.pieces.pieces import Pieces
     from llamaweft.plan.devices import find_device, find_machines
     from llamaweft.planning import PiecesFor, PiecesForMany, plan_run, scale_of
 
-    _check_options(device, devices, nodes, network_gbit)
+    _check_options(device or devices, nproc, devices, nodes, network_gbit)
+    if device and devices:
+        raise UserError("--device and --devices say the same; remove one of them")
     loaded = Recipe.load(recipe, overrides or [])
     if devices:
         many = PiecesForMany(loaded, find_machines(devices, nodes, network_gbit))
         content = plan_run(many, price_per_hour).to_dict() | scale_of(many)
     else:
-        pieces = PiecesFor(loaded, find_device(device)) if device else Pieces(loaded)
+        pieces = PiecesFor(loaded, find_device(device)) if device else _here(loaded, nproc)
         content = plan_run(pieces, price_per_hour).to_dict()
     if json_output:
         print_json(content)
@@ -59,11 +66,26 @@ def plan(
         print_layouts(content)
 
 
+def _here(loaded: Recipe, nproc: int) -> Pieces:
+    """The pieces of a run on this machine; of several processes those of one rank."""
+    from llamaweft.layouts import layout_of
+    from llamaweft.parallel.layout import check_world
+    from llamaweft.parallel.ranks import Ranks
+    from llamaweft.pieces.pieces import Pieces
+    from llamaweft.runtime import share_cores
+
+    layout, reason = layout_of(loaded, nproc, nproc)
+    if nproc > 1:
+        check_world(layout, nproc)
+    share_cores(layout.world)
+    return Pieces(loaded, Ranks(layout, on_machine=layout.world, reason=reason, planned=True))
+
+
 def _check_options(
-    device: str | None, devices: str | None, nodes: int, network_gbit: float | None
+    elsewhere: str | None, nproc: int, devices: str | None, nodes: int, network_gbit: float | None
 ) -> None:
-    if device and devices:
-        raise UserError("--device and --devices say the same; remove one of them")
+    if elsewhere and nproc > 1:
+        raise UserError("--nproc is of this machine; use --devices for several that are not here")
     if nodes > 1 and not devices:
         raise UserError(f"--nodes {nodes} is of several devices; give --devices, such as 64xh100")
     if network_gbit is not None and nodes == 1:

@@ -78,7 +78,7 @@ def train(
         arguments = ["train", str(recipe), *(overrides or []), *flags]
         raise typer.Exit(launch_ranks(arguments, processes, node))
     else:
-        _train(loaded, None, resume, json_output)
+        _exit_if_stopped([_train(loaded, None, resume, json_output)])
 
 
 def _train_as_rank(world: World, loaded: Recipe, resume: bool, json_output: bool) -> None:
@@ -87,25 +87,29 @@ def _train_as_rank(world: World, loaded: Recipe, resume: bool, json_output: bool
 
     kind, keys = device_kind(loaded), loaded.parallel
     seconds = Parallel().timeout_seconds if keys == "auto" else keys.timeout_seconds
-    with joined(world, lambda: layout_of(loaded, world), kind, seconds) as ranks:
-        _train(loaded, ranks, resume, json_output)
+    with joined(
+        world, lambda: layout_of(loaded, world.world, world.local_world), kind, seconds
+    ) as ranks:
+        reason = _train(loaded, ranks, resume, json_output)
+    _exit_if_stopped([reason])
 
 
-def _train(loaded: Recipe, ranks: Ranks | None, resume: bool, json_output: bool) -> None:
+def _train(loaded: Recipe, ranks: Ranks | None, resume: bool, json_output: bool) -> str:
+    """Returns why the run ended."""
     from llamaweft.layouts import layout_of
     from llamaweft.parallel.layout import check_world
     from llamaweft.parallel.ranks import ALONE
     from llamaweft.pipeline import Pipeline
 
     if ranks is None:
-        check_world(layout_of(loaded, None)[0], 1)
+        check_world(layout_of(loaded)[0], 1)
     pipeline = Pipeline(loaded, ranks or ALONE)
     result = run_with_progress(pipeline, resume=resume)
     if pipeline.ranks.first and json_output:
         print_json(result)
     elif pipeline.ranks.first:
         print_result(pipeline, result)
-    _exit_if_stopped([result["reason"]])
+    return str(result["reason"])
 
 
 def _exit_if_stopped(reasons: Sequence[str]) -> None:

@@ -47,7 +47,8 @@ def joined(
         ranks = _ranks(world, layout, device, timeout_seconds)
         ranks.watch = watch
         yield ranks
-        ranks.barrier()  # the store is rank 0's: it leaves last
+        watch.stop()
+        ranks.barrier()  # the store is rank 0's: it must not leave before the others
     except UserError as error:
         if not watch.speaks(str(error)):
             raise SystemExit(2) from None  # another rank says the same

@@ -48,8 +48,8 @@ class Ranks:
 
     layout: the mesh, with the reason for it. rank: its number. local_rank: on its machine, None of
     one process alone; on_machine: how many there are. watch: tells the others that this one lives.
-    mesh: torch's, None of one process alone. cuts: set once a model is cut over the tensor ranks
-    (parallel/tensor.py).
+    mesh: torch's, None of one process alone and of ranks that are only planned for. cuts: set once
+    a model is cut over the tensor ranks (parallel/tensor.py).
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class Ranks:
         on_machine: int = 1,
         timeout: timedelta | None = None,
         reason: str = "",
+        planned: bool = False,
     ) -> None:
         self.layout, self.rank, self.reason = layout, rank, reason
         self.local_rank, self.on_machine = local_rank, on_machine
@@ -69,7 +70,7 @@ class Ranks:
         self.watch: Watch | None = None
         self.mesh: DeviceMesh | None = None
         self._packs: Any = None
-        if layout.world > 1:
+        if layout.world > 1 and not planned:
             sizes = tuple(getattr(layout, name) for name in DIMENSIONS)
             self.mesh = init_device_mesh(device, sizes, mesh_dim_names=DIMENSIONS)
             self._packs = self.mesh["data", "shard"]._flatten("packs").get_group()
@@ -79,7 +80,7 @@ class Ranks:
 
     @property
     def alone(self) -> bool:
-        return self.mesh is None
+        return self.layout.world == 1
 
     @property
     def first(self) -> bool:

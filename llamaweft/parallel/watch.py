@@ -8,10 +8,12 @@ everywhere even where ranks compute for minutes without a word to each other.
 from __future__ import annotations
 
 import os
+import queue
 import sys
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 from torch.distributed import TCPStore
 
@@ -43,7 +45,7 @@ class Watch:
         self.doing = "the start"
         """What this rank does, in a word or two."""
         self._beats = 0
-        self._heard: dict[int, tuple[int, float]] = {}
+        self._mute = False
         self._store = TCPStore(
             address, port, None, is_master=False, timeout=timedelta(seconds=2 * SILENT_SECONDS)
         )
@@ -58,7 +60,8 @@ class Watch:
         """Whether this rank is the one to say something, which others may be about to say too."""
         mine = f"{self.rank} {what}"
         try:
-            said = self._store.compare_set(f"llamaweft/{self.run}/said", "", mine).decode()
+            key = f"llamaweft/{self.run}/said"
+            said = self._asked(lambda: self._store.compare_set(key, "", mine)).decode()
         except RuntimeError:
             return True
         return said == mine or said.partition(" ")[2] != what
@@ -68,7 +71,7 @@ class Watch:
         self._stopped.set()
         self._thread.join(timeout=2 * BEAT_SECONDS)
         try:
-            self._store.set(self._key(self.rank), "left")
+            self._asked(lambda: self._store.set(self._key(self.rank), "left"))
         except RuntimeError:  # the store has left before
             return
 
@@ -76,9 +79,9 @@ class Watch:
         """After a rank did not answer: which one is gone, or which is behind; None where all live
         and do the same. Takes some seconds, in which a rank that lives gives a sign."""
         try:
-            before = self._all()
+            before = self._asked(self._all)
             self._stopped.wait(min(wait_seconds, 4 * BEAT_SECONDS))
-            after = self._all()
+            after = self._asked(self._all)
         except RuntimeError:
             return self._unreachable
         dead = [r for r in before if before[r] == after[r] != "left" and r != self.rank]
@@ -108,13 +111,39 @@ class Watch:
         found = self._store.multi_get([keys[rank] for rank in there]) if there else []
         return {rank: beat.decode() for rank, beat in zip(there, found, strict=True)}
 
+    def _beat_and_look(self) -> dict[int, str]:
+        self._beat()
+        return self._all()
+
+    def _asked(self, ask: Callable[[], Any]) -> Any:
+        """What the store answers. Raises RuntimeError where it does not within SILENT_SECONDS, and
+        at once from then on: torch itself waits without end in most calls."""
+        answers: queue.SimpleQueue[tuple[Any, RuntimeError | None]] = queue.SimpleQueue()
+
+        def call() -> None:
+            try:
+                answers.put((ask(), None))
+            except RuntimeError as error:
+                answers.put((None, error))
+
+        if not self._mute:
+            threading.Thread(target=call, daemon=True, name="watch-call").start()
+            try:
+                answer, error = answers.get(timeout=SILENT_SECONDS)
+            except queue.Empty:
+                self._mute = True
+            else:
+                if error is not None:
+                    raise error
+                return answer
+        raise RuntimeError("the store does not answer")
+
     def _live(self) -> None:
         silent = dict.fromkeys(range(self.world), 0.0)
         last: dict[int, str] = {}
         while not self._stopped.wait(BEAT_SECONDS):
             try:
-                self._beat()
-                beats = self._all()
+                beats = self._asked(self._beat_and_look)
             except RuntimeError:
                 if not self._stopped.is_set():
                     self.on_loss(self._unreachable)

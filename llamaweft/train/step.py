@@ -387,7 +387,7 @@ class Stepper:
             return norm
         self.ranks.sum_gradients(self.parameters)
         self.scaler.unscale_(self.optimizer)
-        norm = self._clip()
+        norm = self._clip(self.settings.max_grad_norm)
         if not self.scaler.is_enabled() and not math.isfinite(norm):
             raise HarmError(f"the gradient's norm is {norm}", self.state.loss_so_far)
         self.scaler.step(self.optimizer)
@@ -402,8 +402,8 @@ class Stepper:
             )
         return norm
 
-    def _clip(self) -> float:
-        limit = self.settings.max_grad_norm
+    def _clip(self, limit: float | None) -> float:
+        """The norm of the gradient of all ranks, which is scaled to `limit` where it is larger."""
         if not self.ranks.alone:
             return self.ranks.clip(self.parameters, limit)
         most = math.inf if limit is None else limit
@@ -436,7 +436,7 @@ class Stepper:
                 return False
             mean.backward()
             self.ranks.sum_gradients(self.parameters)
-            return not math.isfinite(self.ranks.clip(self.parameters, None))
+            return not math.isfinite(self._clip(None))
         finally:
             self.optimizer.zero_grad(set_to_none=True)
             restore_random_state(random)
