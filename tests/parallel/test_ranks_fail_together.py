@@ -61,8 +61,9 @@ def alone(tree: dict, folder: Path) -> tuple[Pipeline, Path]:
 
 
 def check_equal(run: Path, single: Path) -> None:
-    for kind in ("train", "validation"):
-        assert losses(run, kind) == pytest.approx(losses(single, kind), rel=TOLERANCE), run.name
+    for kind in ("train", "validation"):  # steps that are left out have none
+        ours, theirs = ([x for x in losses(of, kind) if x is not None] for of in (run, single))
+        assert ours == pytest.approx(theirs, rel=TOLERANCE), run.name
     far, name = furthest(trained(run), trained(single))
     assert far < TOLERANCE, f"{run.name}: {name}"
 
@@ -108,7 +109,10 @@ def test_a_loss_that_is_none_on_one_rank_is_none_on_all(spoilt_tree: dict, tmp_p
     skipped = [r["step"] for r in read_metrics(single / "metrics.jsonl") if r.get("skipped")]
     assert 0 < len(skipped) < 9
     for step in skipped:  # one of the step's two packs, so one rank's
-        said = [any(d.where.line == 5 for d in p) for p in pipeline.loader.documents_of(step - 1)]
+        said = [
+            any(d.where.endswith("line 5") for d in p)
+            for p in pipeline.loader.documents_of(step - 1)
+        ]
         assert sorted(said) == [False, True]
     for run in runs.values():
         steps = [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "train"]
