@@ -197,7 +197,7 @@ class Ranks:
             group = groups[name]
             if group is not None and dist.get_world_size(group) > 1:
                 for bucket in _buckets(gradients):
-                    _sum_flat(bucket, group)
+                    _sum_flat(bucket, group, self._device)
 
     def _summed_over(self, name: str, parameter: nn.Parameter) -> str:
         """FSDP2 has summed the gradients of what it shards over its own ranks already."""
@@ -219,7 +219,8 @@ class Ranks:
             if parameter.grad is None:
                 continue
             kind = self._is_sharded(parameter), self._is_cut(name, parameter)
-            square = torch.linalg.vector_norm(_local(parameter.grad), dtype=torch.float64).square()
+            size = torch.linalg.vector_norm(_local(parameter.grad), dtype=torch.float64)
+            square = size.square().to(self._device)  # an offloaded one lies in the host's memory
             sums[kind] = sums.get(kind, torch.zeros_like(square)) + square
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for sharded in (False, True):  # in the same order on all ranks
@@ -309,8 +310,8 @@ def _buckets(gradients: list[Tensor]) -> list[list[Tensor]]:
     return buckets
 
 
-def _sum_flat(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+def _sum_flat(gradients: list[Tensor], group: dist.ProcessGroup, device: torch.device) -> None:
+    flat = torch.cat([gradient.flatten() for gradient in gradients]).to(device)
     dist.all_reduce(flat, group=group)
     sizes = [gradient.numel() for gradient in gradients]
     for gradient, summed in zip(gradients, flat.split(sizes), strict=True):

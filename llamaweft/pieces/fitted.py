@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -53,11 +54,12 @@ class Fitted(Trained):
         """What one rank has to do of it, where several share it."""
         if self.ranks.alone:
             return self.workload
+        layout, on_cpu = self.ranks.layout, self.runtime.device.type == "cpu"
         return of_rank(
             self.workload,
-            self.ranks.layout,
+            replace(layout, offload=False) if on_cpu else layout,  # the memory that is counted
             self.base_weights,
-            mapped=self.runtime.device.type == "cpu",
+            mapped=on_cpu,
             packs=self.recipe.training.gradient_accumulation_steps,
         )
 
