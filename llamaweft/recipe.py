@@ -460,6 +460,8 @@ def _line_of(tree: Any, keys: list[str | int]) -> int | None:
             position = node.lc.item(key) if isinstance(node, list) else node.lc.key(key)
         except (KeyError, TypeError, IndexError):
             break
+        if position is None:  # of a key that an empty mapping lacks
+            break
         line, node = position[0] + 1, node[key]  # type: ignore[index]
     return line
 

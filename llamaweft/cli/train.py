@@ -98,12 +98,11 @@ def _train(loaded: Recipe, ranks: Ranks | None, resume: bool, json_output: bool)
     """Returns why the run ended."""
     from llamaweft.layouts import layout_of
     from llamaweft.parallel.layout import check_world
-    from llamaweft.parallel.ranks import ALONE
     from llamaweft.pipeline import Pipeline
 
     if ranks is None:
         check_world(layout_of(loaded)[0], 1)
-    pipeline = Pipeline(loaded, ranks or ALONE)
+    pipeline = Pipeline(loaded) if ranks is None else Pipeline(loaded, ranks)
     result = run_with_progress(pipeline, resume=resume)
     if pipeline.ranks.first and json_output:
         print_json(result)

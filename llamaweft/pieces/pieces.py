@@ -154,7 +154,7 @@ class Pieces(Fitted):
         other = copy(self)
         other.recipe = self.recipe.overridden(changes)
         kept = ("data", "runtime", "model_folder", "config", "_vocabulary", "free_bytes")
-        always = ("recipe", "planned", "on_rows", "say")
+        always = ("recipe", "ranks", "planned", "on_rows", "say")
         for name in [name for name in other.__dict__ if name not in (*always, *kept)]:
             del other.__dict__[name]
         return other

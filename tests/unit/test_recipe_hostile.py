@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from llamaweft.errors import UserError
@@ -97,6 +97,7 @@ TREES = st.recursive(
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(KEYS, TREES, max_size=6))
+@example({"data": {}})
 def test_any_tree_is_a_recipe_or_refused(tree: dict) -> None:
     try:
         recipe = Recipe.load_text(json.dumps({"model": "a/b", "data": {"train": "c.jsonl"}} | tree))
