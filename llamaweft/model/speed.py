@@ -24,8 +24,12 @@ from llamaweft.weights.codecs import codec_of
 from llamaweft.weights.frozen import FrozenWeight, Scratch, encode
 from llamaweft.weights.linear import Linear
 
-LEAST_SECONDS, LEAST_RUNS, MOST_RUNS = 0.15, 2, 20
+LEAST_SECONDS, LEAST_RUNS, MOST_RUNS = 0.4, 2, 20
 """A layer is run for at least so long and so often, and no more often."""
+
+DEPTH, SHORT_SECONDS = 4, 0.2
+"""A layer that takes no longer is run so often before its backward passes, as in a step: memory
+that one of them is done with the next one uses, and is not taken anew."""
 
 HEAD_ROWS = 16384
 """Rows of the head that stand for all of it."""
@@ -76,7 +80,10 @@ def layer_seconds(
     seconds = []
     for keep in (frozenset(keepable), frozenset[str]()):
         model.model.memory = Memory([keep], mlp_tile_tokens, 1)
-        seconds.append(_median_seconds(lambda: _run(model, x_TE, pack), device))
+        once = _median_seconds(lambda: _run(model, x_TE, pack, 1), device)
+        if once <= SHORT_SECONDS:
+            once = _median_seconds(lambda: _run(model, x_TE, pack, DEPTH), device) / DEPTH
+        seconds.append(once)
     head = _head_seconds(config, labels, codec, compute_dtype, device) if predicts_tokens else 0.0
     return LayerSeconds(pack.tokens, squares, seconds[0], max(seconds), head)
 
@@ -99,8 +106,10 @@ def _frozen(name: str, value: Tensor, codec: str, scratch: Scratch) -> FrozenWei
     return FrozenWeight(own, tuple(value.shape), encode(own, value), scratch=scratch)
 
 
-def _run(model: LlamaForCausalLM, x_TE: Tensor, pack: Pack) -> None:
-    y_TE = model.model.first_layer(x_TE.detach().requires_grad_(), pack)
+def _run(model: LlamaForCausalLM, x_TE: Tensor, pack: Pack, depth: int) -> None:
+    y_TE = x_TE.detach().requires_grad_()
+    for _ in range(depth):
+        y_TE = model.model.first_layer(y_TE, pack)
     y_TE.backward(torch.ones_like(y_TE))
     model.zero_grad(set_to_none=True)
 

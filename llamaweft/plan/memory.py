@@ -40,6 +40,9 @@ fp64, and the norm with the adapter in fp32."""
 FRAGMENT_SHARE = 8
 """Fragments that the C library holds on to are this part of what is taken and freed, or less."""
 
+KEPT_SHARE = 16
+"""The same where large tensors are taken from what it keeps, instead of being mapped anew."""
+
 KEEPABLE = {
     "down_proj": ("down_proj", "hidden"),
     "o_proj": ("o_proj", "hidden"),
@@ -231,9 +234,9 @@ def schedule(
     kept = sum(kept_bytes(work, name, i) for i, names in enumerate(keep) for name in names)
     workspace = workspace_bytes(work, keep, loss_tile_labels)
     freed = inputs + kept + workspace
-    fragments = freed // FRAGMENT_SHARE
-    if not keeps_freed:
-        fragments = min(work.fragment_bytes, fragments)
+    fragments = min(work.fragment_bytes, freed // FRAGMENT_SHARE)
+    if keeps_freed:
+        fragments = freed // KEPT_SHARE
     held = NORM_BYTES * magnitude_count(work) + 4 * kept_start_numbers(work)
     parts = {
         "runtime": work.runtime_bytes + fragments,
