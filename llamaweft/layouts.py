@@ -28,7 +28,7 @@ def layout_of(recipe: Recipe, processes: int = 1, per_machine: int = 1) -> tuple
     """
     keys = recipe.parallel
     if keys != "auto":
-        layout = Layout(keys.data, keys.shard, keys.tensor, keys.offload)
+        layout = Layout.named(keys)
         return layout, f"{layout}: as the recipe says"
     if processes == 1:
         return Layout(), "one process"

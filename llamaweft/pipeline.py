@@ -144,7 +144,8 @@ class Pipeline(Measuring):
         plan = self._planned(resume, say)
         say("loading the model")
         self.ranks.on_first(lambda: self.prepare_weights(say))
-        self.prepare_weights(lambda what: None)  # on another machine they are not there yet
+        if not first:
+            self.prepare_weights(lambda what: None)  # on another machine they are not there yet
         seed_everything(self.recipe.training.seed)
         model = self.load_model()
         if first:

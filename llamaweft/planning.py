@@ -139,12 +139,11 @@ def named_layout(recipe: Recipe, world: int) -> Layout | None:
     named = recipe.parallel
     if named == "auto":
         return None
-    layout = Layout(named.data, named.shard, named.tensor, named.offload)
+    layout = Layout.named(named)
     if layout.world != world:
-        sizes = " x ".join(f"{name} {getattr(layout, name)}" for name in DIMENSIONS)
         raise UserError(
-            f"parallel: {sizes} is {layout.world} ranks, and --devices has {world}; change one of "
-            "them, or set parallel: auto"
+            f"parallel: {layout.sizes} is {layout.world} ranks, and --devices has {world}; change "
+            "one of them, or set parallel: auto"
         )
     return layout
 

@@ -48,9 +48,7 @@ def plan(
     from llamaweft.plan.devices import find_device, find_machines
     from llamaweft.planning import PiecesFor, PiecesForMany, plan_run, scale_of
 
-    _check_options(device or devices, nproc, devices, nodes, network_gbit)
-    if device and devices:
-        raise UserError("--device and --devices say the same; remove one of them")
+    _check_options(device, devices, nproc, nodes, network_gbit)
     loaded = Recipe.load(recipe, overrides or [])
     if devices:
         many = PiecesForMany(loaded, find_machines(devices, nodes, network_gbit))
@@ -82,9 +80,11 @@ def _here(loaded: Recipe, nproc: int) -> Pieces:
 
 
 def _check_options(
-    elsewhere: str | None, nproc: int, devices: str | None, nodes: int, network_gbit: float | None
+    device: str | None, devices: str | None, nproc: int, nodes: int, network_gbit: float | None
 ) -> None:
-    if elsewhere and nproc > 1:
+    if device and devices:
+        raise UserError("--device and --devices say the same; remove one of them")
+    if (device or devices) and nproc > 1:
         raise UserError("--nproc is of this machine; use --devices for several that are not here")
     if nodes > 1 and not devices:
         raise UserError(f"--nodes {nodes} is of several devices; give --devices, such as 64xh100")

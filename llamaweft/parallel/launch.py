@@ -28,10 +28,12 @@ def launch_ranks(arguments: Sequence[str], processes: int, node: Node | None) ->
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from llamaweft.parallel.watch import QUIET
+
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads(processes)))
     os.environ.setdefault("NUMBA_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(STOP_SECONDS))
-    os.environ["LLAMAWEFT_LAUNCHED"] = "1"  # watch.py: one message for all ranks
+    os.environ[QUIET] = "1"
     config = LaunchConfig(
         min_nodes=1 if node is None else node.count,
         max_nodes=1 if node is None else node.count,

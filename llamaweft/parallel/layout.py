@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from llamaweft.errors import UserError
 from llamaweft.model.presets import LlamaConfig
+from llamaweft.settings import Parallel
 
 DIMENSIONS = ("data", "shard", "tensor")
 
@@ -43,6 +44,16 @@ class Layout:
         data, shard = divmod(rest, self.shard)
         return Place(data, shard, tensor)
 
+    @classmethod
+    def named(cls, keys: Parallel) -> Layout:
+        """The mesh of a recipe's keys."""
+        return cls(keys.data, keys.shard, keys.tensor, keys.offload)
+
+    @property
+    def sizes(self) -> str:
+        """Every dimension, for a sentence that says why they do not fit."""
+        return " x ".join(f"{name} {getattr(self, name)}" for name in DIMENSIONS)
+
     def __str__(self) -> str:
         sizes = {name: getattr(self, name) for name in DIMENSIONS}
         named = [f"{name} {size}" for name, size in sizes.items() if size > 1]
@@ -62,9 +73,8 @@ def check_world(layout: Layout, world: int) -> None:
     """Raises UserError where the mesh has not as many places as there are processes."""
     if layout.world == world:
         return
-    sizes = " x ".join(f"{name} {getattr(layout, name)}" for name in DIMENSIONS)
     raise UserError(
-        f"parallel: {sizes} is {layout.world} processes, and {world} "
+        f"parallel: {layout.sizes} is {layout.world} processes, and {world} "
         f"{'was' if world == 1 else 'were'} started; start {layout.world} with --nproc "
         f"{layout.world}, or change parallel"
     )

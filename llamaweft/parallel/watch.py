@@ -75,12 +75,12 @@ class Watch:
         except RuntimeError:  # the store has left before
             return
 
-    def lost(self, wait_seconds: float = SILENT_SECONDS) -> str | None:
+    def lost(self) -> str | None:
         """After a rank did not answer: which one is gone, or which is behind; None where all live
         and do the same. Takes some seconds, in which a rank that lives gives a sign."""
         try:
             before = self._asked(self._all)
-            self._stopped.wait(min(wait_seconds, 4 * BEAT_SECONDS))
+            self._stopped.wait(4 * BEAT_SECONDS)
             after = self._asked(self._all)
         except RuntimeError:
             return self._unreachable
