@@ -49,7 +49,7 @@ def tree(recipe_tree: dict, byte_folder: Path) -> dict:
     recipe_tree["training"] |= {
         "learning_rate": 1e-4,
         "adam_epsilon": 1e-6,  # else the sign of what is rounding alone decides some updates
-        "memory_budget": "1GiB",
+        "memory_budget": "4GiB",  # of the process that runs all tests, too
     }
     return recipe_tree
 

@@ -214,7 +214,7 @@ def test_another_number_of_ranks_goes_on(method: str, recipe_tree: dict, tmp_pat
         "max_steps": 8,
         "gradient_accumulation_steps": 4,
         "checkpoint_every_steps": 100,
-        "memory_budget": "2GiB",
+        "memory_budget": "4GiB",
     }
     if method == "none":
         del recipe_tree["base_weights"]
