@@ -127,7 +127,7 @@ def print_plan(content: dict[str, Any]) -> None:
 def print_layouts(content: dict[str, Any]) -> None:
     """The layouts there are, what each costs, and what that rests on."""
     made = table(
-        "Layouts, in the order in which they are tried", "", "layout", "memory a rank", "fits",
+        "Layouts", "", "layout", "memory a rank", "fits",
         "sent a step", "s a step", "efficiency",
     )  # fmt: skip
     why_not: dict[str, list[str]] = {}

@@ -131,6 +131,19 @@ def find_device(name: str) -> Device:
     return found
 
 
+def device_called(reported: str) -> Device | None:
+    """The device that a driver calls so, such as `NVIDIA A100-SXM4-80GB`; None where it is none of
+    those above. Cards of the same chip without its NVLink are not."""
+    words = set(re.split(r"[ -]", reported.lower()))
+    for device in DEVICES.values():
+        links = device.link_name.startswith("NVLink")
+        if links and words & {"pcie", "nvl"}:
+            continue
+        if words >= set(device.name.lower().split()) - {"nvidia"}:
+            return device
+    return None
+
+
 def find_machines(devices: str, nodes: int = 1, node_gbit: float | None = None) -> Machines:
     """Machines by what a user calls them: `64xh100`, or `h100` for one.
 

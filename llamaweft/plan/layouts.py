@@ -1,9 +1,11 @@
-"""Which mesh `parallel: auto` means: the first in which a rank's memory suffices, those first whose
-ranks depend on each other least: once a step, for each pack, in each layer.
+"""Which mesh `parallel: auto` means: of those in which a rank's memory suffices the fastest, or,
+where nothing says how fast the links are, the first of those whose ranks depend on each other
+least: once a step, for each pack, in each layer.
 
 Pure: the caller says how many ranks there are, how many on a machine, what memory each may take,
-and what one of them has to do under a layout (plan/rank.py). So the same choice is made for devices
-that are not here and for processes that are about to start.
+what one of them has to do under a layout (plan/rank.py) and, where it is known, how long that takes
+(plan/scale.py). So the same choice is made for devices that are not here and for processes that are
+about to start.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ from llamaweft.plan.memory import Workload, schedule
 
 WorkOf = Callable[[Layout], Workload]
 """What one rank of a layout has to do. May raise UserError where the model cannot be cut so."""
+
+SecondsOf = Callable[[Layout], float]
+"""How long a step takes under a layout."""
 
 ONE_PROCESS = "one process"
 
@@ -60,8 +65,10 @@ def choose_layout(
     budget_bytes: int,
     accumulation: int,
     packs: int,
+    seconds_of: SecondsOf | None = None,
 ) -> Choice:
-    """The first of `candidates` in which one rank fits its budget, and why.
+    """Of the `candidates` in which one rank fits its budget the one whose step takes least, and
+    why; the first of them where seconds_of is None, and of those that take equally long.
 
     accumulation: packs of a step over all ranks together. packs: in the whole run. Meshes that the
     model or the packs do not allow are passed over. Raises UserError where none is left, with the
@@ -72,6 +79,7 @@ def choose_layout(
     refused: UserError | None = None
     least: tuple[int, Layout] | None = None
     passed: list[str] = []
+    fitting: list[tuple[float, Layout, int]] = []
     for layout in candidates(world, per_node):
         try:
             check_packs(layout, accumulation, packs)
@@ -79,11 +87,16 @@ def choose_layout(
         except UserError as error:
             refused = refused or error
             continue
-        if needed <= budget_bytes:
+        if needed <= budget_bytes and seconds_of is None:
             return Choice(layout, _reason(layout, needed, budget_bytes, passed, refused))
+        if needed <= budget_bytes and seconds_of is not None:
+            fitting.append((seconds_of(layout), layout, needed))
+            continue
         passed.append(f"{layout} would take {_gib(needed)}")
         if least is None or needed < least[0]:
             least = needed, layout
+    if fitting:
+        return _fastest(fitting, budget_bytes)
     if least is None:
         assert refused is not None
         raise refused
@@ -111,6 +124,21 @@ def least_bytes(layout: Layout, config: LlamaConfig, work_of: WorkOf) -> int:
     check_model(layout, config)
     work = work_of(layout)
     return schedule(work, [()] * work.config.num_hidden_layers).peak_bytes
+
+
+def _fastest(fitting: list[tuple[float, Layout, int]], budget: int) -> Choice:
+    """fitting: seconds, layout, least bytes of a rank, in the order in which they were tried."""
+    seconds, layout, needed = min(fitting, key=lambda one: one[0])
+    takes = f"a rank takes {_gib(needed)} at least of {_gib(budget)}"
+    others = [(taken, other) for taken, other, _ in fitting if other != layout]
+    if not others:
+        return Choice(layout, f"{layout}: the only layout that fits; {takes}")
+    next_seconds, other = min(others, key=lambda one: one[0])
+    return Choice(
+        layout,
+        f"{layout}: {seconds:.3g} s a step by the plan, the least of {len(fitting)} layouts that "
+        f"fit ({other} {next_seconds:.3g} s); {takes}",
+    )
 
 
 def _reason(

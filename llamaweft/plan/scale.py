@@ -57,6 +57,7 @@ class Scale:
             self.of_rank,
             per_node=self.machines.per_node,
             budget_bytes=self.budget_bytes,
+            seconds_of=lambda layout: sum(self.option(layout).seconds.values()),
             **counts,
         )
 

@@ -22,7 +22,7 @@ from llamaweft.model.pack import Pack
 from llamaweft.parallel.layout import Layout
 from llamaweft.parallel.ranks import Ranks
 from llamaweft.parallel.spread import spread
-from llamaweft.plan.communication import communication
+from llamaweft.plan.communication import HOST_COPY, communication
 from llamaweft.plan.memory import Workload, schedule
 from llamaweft.plan.rank import of_rank
 from llamaweft.plan.time import StepWork
@@ -41,6 +41,7 @@ LAYOUTS = {
     ],
 }
 METHODS = [("lora", "fp32"), ("lora", "bf16"), ("none", "fp32")]
+CODED = [Layout(shard=2), Layout(shard=2, offload=True)]
 CASES = {
     world: [
         (layout, method, codec, kept)
@@ -50,6 +51,9 @@ CASES = {
     ]
     for world, layouts in LAYOUTS.items()
 }
+CASES[2] += [(layout, "lora", codec, True) for layout in CODED for codec in ("nf4", "int8")]
+CASES[2] += [(Layout(shard=2, offload=True), "none", "fp32", True)]
+CASES[4] += [(Layout(shard=4), "lora", codec, False) for codec in ("nf4", "int8")]
 
 
 def pack() -> Pack:
@@ -111,6 +115,8 @@ def _planned(tiny: Path, layout: Layout, method: str, codec: str, kept: bool) ->
     step = StepWork(TOKENS * PACKS, LABELS * PACKS, 0, PACKS)
     found: dict[str, float] = {}
     for transfer in communication(work, layout, made, codec, step):
+        if transfer.kind == HOST_COPY:  # no collective
+            continue
         found[transfer.kind] = found.get(transfer.kind, 0.0) + transfer.payload_bytes
     return found
 

@@ -1,4 +1,4 @@
-"""The choice of a mesh: the first that fits."""
+"""The choice of a mesh: the fastest that fits, or the first."""
 
 from __future__ import annotations
 
@@ -61,6 +61,23 @@ def test_the_fewest_shards_that_fit_and_why() -> None:
     assert found.layout == Layout(data=4, shard=4)
     assert "data 16 would take" in found.reason
     assert f"{budget / 2**30:.2f} GiB at least of {budget / 2**30:.2f} GiB" in found.reason
+
+
+def test_the_fastest_that_fits_where_the_seconds_are_known() -> None:
+    budget = least(FULL, Layout(data=4, shard=4))
+    seconds = {Layout(shard=16): 2.0, Layout(data=2, shard=8): 2.0, Layout(data=16): 1.0}
+    found = choose(FULL, budget, seconds_of=lambda layout: seconds.get(layout, 3.0))
+    assert found.layout == Layout(data=2, shard=8)  # data 16 does not fit; of equals the first
+    assert "2 s a step by the plan, the least of" in found.reason
+    assert "(shard 16 2 s)" in found.reason
+
+
+def test_the_only_one_that_fits_needs_no_comparison() -> None:
+    layouts = list(candidates(16, 8))
+    one = min(layouts, key=lambda layout: least(FULL, layout))
+    found = choose(FULL, least(FULL, one), seconds_of=lambda layout: 1.0)
+    assert found.layout == one
+    assert "the only layout that fits" in found.reason
 
 
 def test_over_all_machines_only_where_one_machine_is_not_enough() -> None:

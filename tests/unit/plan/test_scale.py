@@ -11,7 +11,7 @@ from test_time import SPEED
 from llamaweft.errors import UserError
 from llamaweft.parallel.layout import Layout
 from llamaweft.plan.communication import communication
-from llamaweft.plan.devices import DEVICES, find_machines
+from llamaweft.plan.devices import DEVICES, device_called, find_machines
 from llamaweft.plan.memory import solve
 from llamaweft.plan.rank import rank_step
 from llamaweft.plan.scale import Option, Refused, Scale, assumptions
@@ -73,6 +73,44 @@ def test_the_slower_the_network_the_longer_what_leaves_a_machine() -> None:
     inside = [t for t in scale().option(within).transfers if t.group == "tensor"]
     assert inside
     assert all(t.seconds(slow) == t.seconds(MACHINES) for t in inside)
+
+
+@pytest.mark.parametrize("gbit", [None, 10])
+def test_auto_is_the_fastest_of_those_that_fit(gbit: float | None) -> None:
+    machines = find_machines("16xh100", nodes=2, node_gbit=gbit)
+    of = scale(FULL, machines=machines, budget_bytes=60 * 10**9)
+    options = [o for o in of.options(Layout(shard=16)) if isinstance(o, Option) and o.fits]
+    fastest = min(options, key=lambda option: sum(option.seconds.values()))
+    assert of.choose(None).layout == fastest.layout
+
+
+def test_a_slow_network_keeps_weights_within_a_machine() -> None:
+    fast, slow = (
+        scale(
+            FULL,
+            machines=find_machines("16xh100", nodes=2, node_gbit=gbit),
+            budget_bytes=60 * 10**9,
+        ).choose(None)
+        for gbit in (None, 10)
+    )
+    assert fast.layout != slow.layout
+    assert slow.layout.data == 2
+
+
+def test_devices_by_what_their_driver_calls_them() -> None:
+    for reported, name in (
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("Tesla T4", "t4"),
+        ("Tesla V100-SXM2-16GB", "v100"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+    ):
+        assert device_called(reported) is DEVICES[name], reported
+    for reported in ("NVIDIA H100 PCIe", "NVIDIA A100-PCIE-40GB", "NVIDIA L40", "AMD MI300X"):
+        assert device_called(reported) is None, reported
 
 
 def test_what_does_not_fit_is_told_with_the_least_that_it_would_take() -> None:
