@@ -72,9 +72,10 @@ class LoraLinear(nn.Module):
         self.out_features = base_layer.out_features
         self.scaling, self.dropout = config.scaling, config.lora_dropout
         device = base_layer.weight.device
-        self.lora_A = nn.Parameter(torch.empty(config.r, base_layer.in_features, device=device))
+        # Drawn on the CPU: the same start on every device.
+        a_RI = nn.init.kaiming_uniform_(torch.empty(config.r, base_layer.in_features), math.sqrt(5))
+        self.lora_A = nn.Parameter(a_RI.to(device))
         self.lora_B = nn.Parameter(torch.zeros(base_layer.out_features, config.r, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x_TI: Tensor, given: Tensor | None = None) -> Tensor:
         drops = self.dropout > 0 and self.training

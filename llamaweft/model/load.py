@@ -33,6 +33,7 @@ def load_causal_lm(
     device: torch.device | str = "cpu",
     resident: bool = True,
     trained: Collection[str] = (),
+    in_parts: bool = False,
 ) -> LlamaForCausalLM:
     """A causal model from its folder.
 
@@ -40,27 +41,35 @@ def load_causal_lm(
     fp32. Norms are always fp32. resident: frozen layers stay on a GPU; otherwise they are copied
     to it one by one as they are needed, and none of them may be trained. trained: modules whose
     weights are trained in fp32 all the same; they start from the folder's own numbers, or from what
-    the codec made of them where the folder has nothing else. Raises UserError for a missing,
-    truncated or left-over shard or tensor, a wrong shape and a wrong dtype, DamagedStoreError for a
-    store that is not what was written.
+    the codec made of them where the folder has nothing else. in_parts: the model is spread over
+    ranks next (parallel/spread.py), and until then its matrices are the pages and the dtype of
+    their files, so that no rank ever holds all of them.
+
+    Raises UserError for a missing, truncated or left-over shard or tensor, a wrong shape and a
+    wrong dtype, DamagedStoreError for a store that is not what was written.
     """
     if base_weights is None:
-        model = _trained_causal_lm(folder, device)
+        model = _trained_causal_lm(folder, device, in_parts)
     else:
         model = _frozen_causal_lm(
-            folder, base_weights, torch.device(device), resident, frozenset(trained)
+            folder, base_weights, torch.device(device), resident, frozenset(trained), in_parts
         )
     model.model.compute_dtype = compute_dtype
     return model
 
 
-def _trained_causal_lm(folder: Path, device: torch.device | str) -> LlamaForCausalLM:
+def _trained_causal_lm(
+    folder: Path, device: torch.device | str, in_parts: bool
+) -> LlamaForCausalLM:
     check_recorded(folder)  # where it is what a run trained
     config = read_config(folder)
     model = empty_causal_lm(config)
     for tensor in checked_tensors(folder, model, config):
-        # A copy, since a tensor read from a file may be the file's own pages.
-        value = tensor.read().to(device=device, dtype=torch.float32, copy=True)
+        if in_parts and len(tensor.shape) > 1:
+            value = tensor.mapped()
+        else:
+            # A copy, since a tensor read from a file may be the file's own pages.
+            value = tensor.read().to(device=device, dtype=torch.float32, copy=True)
         parent, _, attribute = tensor.name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, nn.Parameter(value))
     model.tie_weights()
@@ -68,7 +77,12 @@ def _trained_causal_lm(folder: Path, device: torch.device | str) -> LlamaForCaus
 
 
 def _frozen_causal_lm(
-    folder: Path, codec: str, device: torch.device, resident: bool, trained: frozenset[str]
+    folder: Path,
+    codec: str,
+    device: torch.device,
+    resident: bool,
+    trained: frozenset[str],
+    in_parts: bool,
 ) -> LlamaForCausalLM:
     store = open_store(folder, codec)
     model = empty_causal_lm(read_config(folder))
@@ -88,7 +102,7 @@ def _frozen_causal_lm(
             module.weight = nn.Parameter(held.to(device, torch.float32, copy=True))
         elif isinstance(module, Linear | Embedding):
             matrix = store.matrix(name)
-            stays_on_host = not resident and ".layers." in name
+            stays_on_host = in_parts or (not resident and ".layers." in name)
             module.hold(matrix if stays_on_host else matrix.to(device))
         else:
             vector = store.vector(name).to(device)

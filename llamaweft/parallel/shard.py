@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -27,6 +28,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
 
 PART = "sharded_"
 """What the names of a frozen matrix's parts begin with, as parameters of its module."""
@@ -81,6 +83,7 @@ def reshard(model: Any) -> None:
 def _shard_module(
     module: nn.Module, mesh: DeviceMesh, policy: OffloadPolicy, *, reshard_after_forward: bool
 ) -> None:
+    settle(module, torch.device(mesh.device_type))
     for holder, weight in list(_frozen(module)):
         names = dict(weight.parts)
         for name in names:
@@ -101,6 +104,36 @@ def _shard_module(
     divided.set_force_sum_reduction_for_comms(True)
     divided.unshard()  # its buffers are not to be made in an evaluation's inference mode
     divided.reshard()
+
+
+def settle(module: nn.Module, device: torch.device) -> None:
+    """Give what a model holds as the pages of its files (model/load.py, in_parts) a place of its
+    own on `device`: trained matrices in fp32, frozen ones as they are. What is spread already
+    stays, and one matrix in two places stays one."""
+    moved: dict[int, Any] = {}
+    for parameter in module.parameters():
+        if not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.to(device)
+    for holder in [m for m in module.modules() if hasattr(m, "hold") and not _is_spread(m)]:
+        weight: Any = holder.weight
+        if id(weight) not in moved:
+            moved[id(weight)] = _own(weight, device)
+        cast(Any, holder).hold(moved[id(weight)])
+
+
+def _is_spread(holder: nn.Module) -> bool:
+    in_parts = any(name.startswith(PART) for name in holder._parameters)
+    return in_parts or isinstance(holder.weight, DTensor)
+
+
+def _own(weight: Any, device: torch.device) -> Any:
+    """A matrix in memory of its own; one that is grown by rows of new tokens has it already."""
+    if hasattr(weight, "read_from"):
+        return weight.to(device)
+    if not isinstance(weight, nn.Parameter):
+        return weight
+    own = weight.detach().to(device, torch.float32, copy=True)
+    return nn.Parameter(own, requires_grad=weight.requires_grad)
 
 
 def _gathered(holder: nn.Module, names: list[str]) -> dict[str, Tensor]:

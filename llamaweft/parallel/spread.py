@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from llamaweft.parallel.ranks import Ranks
 
 
 def spread(model: Any, ranks: Ranks) -> None:
     """Cut a model's matrices over the tensor ranks, then hold what is left of them in parts over
-    the shard ranks. All ranks must have the same model; one process alone keeps it as it is.
+    the shard ranks. All ranks must have the same model, which may be one whose matrices are the
+    pages of its files (model/load.py); one process alone keeps it as it is.
 
     Raises UserError where a matrix cannot be cut so.
     """
@@ -24,6 +27,10 @@ def spread(model: Any, ranks: Ranks) -> None:
         from llamaweft.parallel.shard import shard
 
         shard(model, ranks.mesh["shard"], offload=layout.offload)
+    if layout.shard > 1 or layout.tensor > 1:
+        from llamaweft.parallel.shard import settle
+
+        settle(model, torch.device(ranks.mesh.device_type))
 
 
 def let_go(model: Any, ranks: Ranks) -> None:

@@ -42,6 +42,10 @@ class _Cutter:
     def count(self) -> int:
         return self.mesh.size()
 
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.mesh.device_type)
+
     def linear(self, name: str, module: Any, dim: int) -> None:
         """Cut a linear layer, or one with an adapter: by outputs (dim 0) or by inputs (dim 1)."""
         base = getattr(module, "base_layer", module)
@@ -67,11 +71,12 @@ class _Cutter:
             if isinstance(weight, nn.Parameter):
                 if weight.shape[dim] % self.count:
                     raise ValueError(f"{weight.shape[dim]} in {self.count} parts")
-                mine = weight.detach().chunk(self.count, dim)[self.part].clone()
+                mine = weight.detach().chunk(self.count, dim)[self.part]
+                mine = mine.to(self.device, torch.float32, copy=True)
                 spread = DTensor.from_local(mine, self.mesh, [Shard(dim)], run_check=False)
                 module.hold(nn.Parameter(spread, requires_grad=weight.requires_grad))
             else:
-                module.hold(weight.cut(dim, self.part, self.count))
+                module.hold(weight.cut(dim, self.part, self.count).to(self.device))
         except ValueError as error:
             raise UserError(
                 f"parallel.tensor: {self.count} cannot cut {name} ({error}); use fewer tensor "

@@ -119,7 +119,19 @@ class Pieces(Fitted):
 
     def load_to_train(self) -> LlamaForCausalLM:
         """The base model, with what is trained of its own weights as parameters."""
-        return self._load(self.model_folder, frozen=not self.trains_all, trained=self.whole)
+        frozen = not self.trains_all
+        return self._load(
+            self.model_folder, frozen=frozen, trained=self.whole, in_parts=self._loads_in_parts
+        )
+
+    @property
+    def _loads_in_parts(self) -> bool:
+        """Whether no rank holds all matrices while they are spread: not where an adapter or new
+        tokens start from whole ones."""
+        layout, lora = self.ranks.layout, self.lora
+        starts_from_them = lora is not None and (lora.use_dora or lora.is_pissa)
+        is_spread = layout.shard > 1 or layout.tensor > 1
+        return is_spread and not starts_from_them and self.new_tokens is None
 
     def load_frozen(
         self, folder: Path | None = None, trained: tuple[str, ...] = ()
@@ -133,7 +145,12 @@ class Pieces(Fitted):
         return self._load(self.model_folder, frozen=True)
 
     def _load(
-        self, folder: Path, *, frozen: bool, trained: tuple[str, ...] = ()
+        self,
+        folder: Path,
+        *,
+        frozen: bool,
+        trained: tuple[str, ...] = (),
+        in_parts: bool = False,
     ) -> LlamaForCausalLM:
         may_share = frozen and not trained
         if may_share and self.base is not None and folder == self.model_folder:
@@ -144,6 +161,7 @@ class Pieces(Fitted):
             compute_dtype=self.runtime.compute_dtype,
             device=self.runtime.device,
             trained=trained,
+            in_parts=in_parts,
         )
         if self.new_tokens is not None and folder == self.model_folder:  # a run's own has the rows
             grow(model, self.new_tokens)
