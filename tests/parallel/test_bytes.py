@@ -121,7 +121,7 @@ def _planned(tiny: Path, layout: Layout, method: str, codec: str, kept: bool) ->
     return found
 
 
-@pytest.mark.parametrize("world", CASES)
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_what_is_planned_is_what_is_sent(world: int, tiny_folder: Path, tmp_path: Path) -> None:
     """Within 5%: parts may be padded to equal size."""
     mp.spawn(_start, args=(world, tiny_folder, tmp_path), nprocs=world)

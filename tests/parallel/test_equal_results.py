@@ -151,7 +151,9 @@ def trained_by(models: dict, rows: dict[str, Path], tmp_path_factory: pytest.Tem
     return train
 
 
-@pytest.mark.parametrize("kind", ["two", "pairs", pytest.param("four", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["two", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("pairs", "four"))]
+)
 def test_a_layout_learns_what_one_process_learns(kind: str, trained_by) -> None:
     runs = trained_by(kind)
     for _, task, layout in CASES[kind]:

@@ -202,7 +202,7 @@ def test_a_signal_saves_on_all_ranks(recipe: Path, tmp_path: Path) -> None:
     assert int(saved.name.removeprefix("step-")) > 0
 
 
-@pytest.mark.parametrize("method", ["lora", "none"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("none", marks=pytest.mark.slow)])
 def test_another_number_of_ranks_goes_on(method: str, recipe_tree: dict, tmp_path: Path) -> None:
     """Stopped after two steps on four ranks, after two more on two, after two more on one, ended
     by four again: as eight steps of one process. (A stop is heard of in the step after it.)"""
