@@ -48,8 +48,8 @@ from llamaweft.export.parity import (
     our_logits,
 )
 from llamaweft.files import need_disk
-from llamaweft.model.folder import base_name
 from llamaweft.model.llama import LlamaWithHead, Model
+from llamaweft.model.locate import base_name
 from llamaweft.model.presets import parameter_count
 from llamaweft.model.stores import own_codec
 from llamaweft.pipeline import Pipeline

@@ -44,9 +44,9 @@ from llamaweft.files import (
 from llamaweft.forgetting import build_guard
 from llamaweft.judge import Judge, Progress
 from llamaweft.measuring import Measuring
-from llamaweft.model.folder import base_name
 from llamaweft.model.llama import Model
 from llamaweft.model.load import copy_weights
+from llamaweft.model.locate import base_name
 from llamaweft.model.pack import Pack
 from llamaweft.parallel.agreement import check_same, digest, versions
 from llamaweft.parallel.layout import check_model, check_packs

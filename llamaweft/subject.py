@@ -27,9 +27,9 @@ from llamaweft.evaluate.evaluator import Progress, side_by_side
 from llamaweft.export.parity import Parity
 from llamaweft.exports import Export, Wanted
 from llamaweft.files import written_aside
-from llamaweft.model.folder import find_folder
 from llamaweft.model.head_config import HEAD_NAMES
 from llamaweft.model.llama import LlamaForCausalLM, LlamaWithHead, Model
+from llamaweft.model.locate import find_folder
 from llamaweft.model.tokenizer import load_tokenizer
 from llamaweft.pieces.given import adapter_tokens
 from llamaweft.pipeline import Pipeline, open_run

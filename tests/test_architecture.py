@@ -32,7 +32,7 @@ ALLOWED = {
     "pieces": {"parallel", "provenance", "recipe", "runtime", "weights", "model", "adapters", "data", "plan", "train"},
     "planning": {"pieces", "parallel", "recipe", "runtime", "model", "weights", "plan"},
     "jobs": {"data", "model", "parallel.layout", "pieces", "plan", "planning", "recipe"},
-    "layouts": {"parallel", "pieces", "plan", "recipe"},
+    "layouts": {"parallel", "pieces", "plan", "planning", "recipe"},
     "forgetting": {"pieces", "evaluate", "model"},
     "judge": {"data", "evaluate", "model", "parallel", "recipe", "train"},
     "measuring": {"data", "evaluate", "model", "parallel", "pieces", "recipe", "settings", "train"},

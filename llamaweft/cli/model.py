@@ -76,7 +76,8 @@ def inspect(
     json_output: JsonFlag = False,
 ) -> None:
     """What is in a model folder: shape, parameters, dtype, tokenizer."""
-    from llamaweft.model.folder import DTYPE_NAMES, find_folder, read_config, tensor_files
+    from llamaweft.model.folder import DTYPE_NAMES, read_config, tensor_files
+    from llamaweft.model.locate import find_folder
     from llamaweft.model.presets import parameter_count
     from llamaweft.model.stores import own_codec
     from llamaweft.model.tokenizer import load_tokenizer

@@ -13,8 +13,9 @@ from llamaweft.data.chat import special_ids
 from llamaweft.data.general import General, general_prompts, read_general
 from llamaweft.data.prepare import Preparation, Prepared
 from llamaweft.data.targets import HEAD_TASKS
-from llamaweft.model.folder import locate, read_config, usable
+from llamaweft.model.folder import read_config
 from llamaweft.model.head_config import HeadConfig
+from llamaweft.model.locate import locate, usable
 from llamaweft.model.new_tokens import NewTokens, add_new_tokens, named
 from llamaweft.model.presets import LlamaConfig
 from llamaweft.model.tokenizer import load_tokenizer, set_chat_template

@@ -21,11 +21,11 @@ from llamaweft.adapters.whole import (
 from llamaweft.data.loader import Loader
 from llamaweft.data.targets import HEAD_TASKS
 from llamaweft.errors import UserError
-from llamaweft.model.folder import base_name
 from llamaweft.model.head_config import HeadConfig
 from llamaweft.model.llama import (
     empty_causal_lm,
 )
+from llamaweft.model.locate import base_name
 from llamaweft.model.pack import Pack
 from llamaweft.model.stores import own_codec, store_bytes
 from llamaweft.pieces.given import Given, adapter_tokens

@@ -15,8 +15,8 @@ import torch
 from meta_folder import TINY, sliced, whole_tensors, write_meta, write_tokenizer
 from torch import nn
 
-from llamaweft.model.folder import find_folder
 from llamaweft.model.load import load_causal_lm
+from llamaweft.model.locate import find_folder
 from llamaweft.model.meta import convert_meta
 from llamaweft.model.pack import Pack
 from llamaweft.model.tokenizer import load_tokenizer

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from llamaweft.errors import UserError
 from llamaweft.model.convert import convert
-from llamaweft.model.folder import find_folder
 from llamaweft.model.load import load_causal_lm
+from llamaweft.model.locate import find_folder
 from llamaweft.model.tokenizer import load_tokenizer
 
 

@@ -12,9 +12,10 @@ from huggingface_hub import constants
 from meta_folder import write_tokenizer
 
 from llamaweft.errors import RunError, UserError
-from llamaweft.model.folder import find_folder, read_config
+from llamaweft.model.folder import read_config
 from llamaweft.model.init import random_tensors
 from llamaweft.model.load import load_causal_lm
+from llamaweft.model.locate import find_folder
 from llamaweft.model.presets import PRESETS
 from llamaweft.model.save import write_model
 from llamaweft.model.tokenizer import load_tokenizer

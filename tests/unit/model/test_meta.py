@@ -13,7 +13,8 @@ from meta_folder import TINY, numbers, whole_tensors, write_meta, write_tokenize
 from safetensors.torch import load_file
 
 from llamaweft.errors import UserError
-from llamaweft.model.folder import find_folder, read_config
+from llamaweft.model.folder import read_config
+from llamaweft.model.locate import find_folder
 from llamaweft.model.meta import convert_meta
 
 GROUPED = TINY | {"n_kv_heads": 4, "n_heads": 8}

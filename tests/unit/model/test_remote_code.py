@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from llamaweft.errors import UserError
-from llamaweft.model.folder import find_folder, read_config
+from llamaweft.model.folder import read_config
 from llamaweft.model.load import load_causal_lm
+from llamaweft.model.locate import find_folder
 from llamaweft.model.tokenizer import load_tokenizer
 
 EVIL = """
