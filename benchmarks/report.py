@@ -99,9 +99,9 @@ def write_page(results: Path, name: str, text: str, figures: dict[str, Any]) -> 
     target = results / f"{name}-{now:%Y-%m-%d}"
     source = {"date": now.isoformat(timespec="seconds"), **provenance()}
     content = json.dumps(source | figures, indent=1).replace(str(cache_dir()), "CACHE")
-    target.with_suffix(".json").write_text(content + "\n", encoding="utf-8")
+    target.with_name(f"{target.name}.json").write_text(content + "\n", encoding="utf-8")
     facts = "\n".join(f"- {key}: {_inline(value)}" for key, value in source.items())
-    page = target.with_suffix(".md")
+    page = target.with_name(f"{target.name}.md")
     page.write_text(
         f"# {name}, {now:%Y-%m-%d}\n\n{facts}\n\nHow to read this: "
         f"[../README.md](../README.md). {text}\n",
