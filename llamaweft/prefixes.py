@@ -76,8 +76,9 @@ class PrefixTree:
         return shared
 
     def tokens_of(self, documents: Iterable[int]) -> int:
-        """Tokens that are computed for these documents together, where there may be pairs."""
-        runs = {run for index in documents for end in self.ends[index] for run in self._way(end)}
+        """Tokens that are computed for these documents together."""
+        ends = (self.ends[index] if self.ends else [self.last[index]] for index in documents)
+        runs = {run for of in ends for end in of for run in self._way(end)}
         return sum(self.runs[run].tokens for run in runs)
 
     def tokens_below(self, document: int) -> int:

@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from llamaweft.data.chat import Document
-from llamaweft.data.packing import WINDOW_DOCUMENTS, Bin, epoch_windows, pack_window
+from llamaweft.data.packing import GROUP_TOKENS, WINDOW_DOCUMENTS, Bin, epoch_windows, pack_window
 from llamaweft.data.selection import labels_of, lengths_of, squares_of
 from llamaweft.prefixes import PrefixTree, numbered, prefix_tree, unshared
 
@@ -64,11 +64,18 @@ class Loader(Generic[Batch]):
         order = self._windows(epoch)[window]
         random = np.random.default_rng([self.seed, epoch, window])
         if len(self.documents) <= WINDOW_DOCUMENTS:
-            return pack_window(self._tree, order.tolist(), self.micro_batch_tokens, random)
+            return self._pack_order(self._tree, order, random)
         named, places = np.unique(order, return_inverse=True)
         tree = self._tree_of(named.tolist())
-        packs = pack_window(tree, places.tolist(), self.micro_batch_tokens, random)
+        packs = self._pack_order(tree, places, random)
         return [Bin(named[pack.documents].tolist(), pack.tokens) for pack in packs]
+
+    def _pack_order(
+        self, tree: PrefixTree, order: np.ndarray, random: np.random.Generator
+    ) -> list[Bin]:
+        capacity = self.micro_batch_tokens
+        group_tokens = GROUP_TOKENS if self.share else 0  # without sharing nothing is in common
+        return pack_window(tree, order.tolist(), capacity, random, group_tokens)
 
     @cached_property
     def _tree(self) -> PrefixTree:

@@ -5,6 +5,11 @@ are packed together first, and what is not full goes on to the run above; where 
 that is plain best-fit decreasing. Deterministic in seed and epoch. Packs are shuffled after
 packing, so that their order does not follow length.
 
+A pack is often a whole optimizer step, and documents that begin alike mean much the same. So for
+training only long beginnings bring documents together (GROUP_TOKENS), or those of nearly all: a
+context with several questions, a system message, and not the first words of a sentence (docs/log.md
+has what that costs).
+
 N: documents
 """
 
@@ -21,6 +26,10 @@ from llamaweft.prefixes import PrefixTree
 WINDOW_DOCUMENTS, BLOCK_DOCUMENTS = 2**16, 2**6
 """Documents whose beginnings are compared and whose packs are shuffled; it bounds the memory of
 packing. Neighbours that stay together where there are more."""
+
+GROUP_TOKENS, NEARLY_ALL = 64, 0.9
+"""Training packs documents together for so many tokens that they begin with in common, beyond what
+brings them together already; or for fewer, where so large a share of all begins with them."""
 
 WINDOW = 4096
 """What is fitted into bins together; it bounds the time of packing."""
@@ -56,18 +65,24 @@ def epoch_windows(weights_N: np.ndarray, seed: int, epoch: int) -> list[np.ndarr
 
 
 def pack_window(
-    tree: PrefixTree, order: list[int], capacity: int, random: np.random.Generator
+    tree: PrefixTree,
+    order: list[int],
+    capacity: int,
+    random: np.random.Generator,
+    group_tokens: int = 0,
 ) -> list[Bin]:
     """The packs of one window, in random order.
 
     tree: of all documents that `order` names by index. capacity: tokens that a pack computes. A
     longer document is a pack of its own. Copies of a document never share a pack because they are
-    copies.
+    copies. group_tokens: shorter beginnings, but for those of nearly all, bring no documents
+    together; those that share a pack all the same are computed once.
     """
     packs: list[Bin] = []
+    groups = _groups(tree, group_tokens)
     for documents in _without_copies(order):
-        packs += _pack(tree, documents, capacity)
-    for pack in packs if tree.ends else ():  # pairs may share more than was counted
+        packs += _pack(tree, groups, documents, capacity)
+    for pack in packs if tree.ends or group_tokens else ():  # they share more than was counted
         pack.tokens = tree.tokens_of(pack.documents)
     return [packs[i] for i in random.permutation(len(packs))]
 
@@ -84,17 +99,44 @@ def _without_copies(order: list[int]) -> list[list[int]]:
     return rounds
 
 
-def _pack(tree: PrefixTree, documents: list[int], capacity: int) -> list[Bin]:
+def _groups(tree: PrefixTree, least: int) -> list[int]:
+    """For each run the nearest one from it to its root that brings documents together, or -1: one
+    that adds so many tokens to the one above it that does, or that nearly all documents have."""
+    below = [0] * len(tree.runs)
+    for last in tree.last:
+        below[last] += last >= 0
+    for index in reversed(range(len(tree.runs))):
+        if tree.runs[index].parent >= 0:
+            below[tree.runs[index].parent] += below[index]
+    found: list[int] = []
+    for index, run in enumerate(tree.runs):
+        above = found[run.parent] if run.parent >= 0 else -1
+        is_long = run.stop - _stop(tree, above) >= least
+        found.append(index if is_long or below[index] >= NEARLY_ALL * len(tree.last) else above)
+    return found
+
+
+def _stop(tree: PrefixTree, run: int) -> int:
+    return tree.runs[run].stop if run >= 0 else 0
+
+
+def _pack(tree: PrefixTree, groups: list[int], documents: list[int], capacity: int) -> list[Bin]:
     """From the leaves to the root: what is below a run into bins, which then pay for the run."""
     rank = {document: place for place, document in enumerate(documents)}
     below: defaultdict[int, list[Bin]] = defaultdict(list)
     for document in documents:
-        below[tree.last[document]].append(Bin([document], tree.tokens_below(document)))
+        last = tree.last[document]
+        group = groups[last] if last >= 0 else -1
+        beyond = _stop(tree, last) - _stop(tree, group)
+        below[group].append(Bin([document], beyond + tree.tokens_below(document)))
     for index in reversed(range(len(tree.runs))):
+        if groups[index] != index:
+            continue
         run = tree.runs[index]
+        above = groups[run.parent] if run.parent >= 0 else -1
         for filled in _fill(below.pop(index, []), capacity - run.stop, rank):
-            filled.tokens += run.tokens
-            below[run.parent].append(filled)
+            filled.tokens += run.stop - _stop(tree, above)
+            below[above].append(filled)
     return _fill(below[-1], capacity, rank)
 
 

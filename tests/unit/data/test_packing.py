@@ -11,15 +11,17 @@ from hypothesis import strategies as st
 
 from llamaweft.data.chat import Document
 from llamaweft.data.loader import Loader
-from llamaweft.data.packing import Bin, epoch_windows, pack_window
+from llamaweft.data.packing import GROUP_TOKENS, Bin, epoch_windows, pack_window
 from llamaweft.prefixes import PrefixTree, prefix_tree, unshared
 
 
-def pack_epoch(tree: PrefixTree, weights, capacity: int, seed: int, epoch: int) -> list[Bin]:
+def pack_epoch(
+    tree: PrefixTree, weights, capacity: int, seed: int, epoch: int, group_tokens: int = 0
+) -> list[Bin]:
     """All packs of an epoch that is one window."""
     (window,) = epoch_windows(weights, seed, epoch)
     random = np.random.default_rng([seed, epoch, 0])
-    return pack_window(tree, window.tolist(), capacity, random)
+    return pack_window(tree, window.tolist(), capacity, random, group_tokens)
 
 
 def packed(lengths, weights, capacity: int, seed: int, epoch: int) -> list[list[int]]:
@@ -84,13 +86,16 @@ def test_at_least_one_document_is_seen() -> None:
     endings=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 40)), min_size=1, max_size=60),
     capacity=st.integers(30, 200),
     seed=st.integers(0, 3),
+    group_tokens=st.sampled_from([0, 20, 64]),
 )
-def test_packs_count_what_they_compute_and_are_not_overfull(endings, capacity, seed) -> None:
+def test_packs_count_what_they_compute_and_are_not_overfull(
+    endings, capacity, seed, group_tokens
+) -> None:
     random = np.random.default_rng(seed)
     starts = [random.integers(0, 9, n) for n in (0, 16, 40)]
     starts[2][:16] = starts[1]
     ids = [np.concatenate([starts[s], random.integers(0, 9, n)]) for s, n in endings]
-    packs = pack_epoch(prefix_tree(ids), np.ones(len(ids)), capacity, seed, 0)
+    packs = pack_epoch(prefix_tree(ids), np.ones(len(ids)), capacity, seed, 0, group_tokens)
     assert sorted(d for pack in packs for d in pack.documents) == list(range(len(ids)))
     for pack in packs:
         assert pack.tokens == prefix_tree([ids[d] for d in pack.documents]).tokens
@@ -134,14 +139,47 @@ def test_pairs_of_one_prompt_share_packs() -> None:
     assert all(len({d % 20 for d in pack.documents}) == 2 for pack in packs)
 
 
-def test_documents_that_begin_alike_share_packs() -> None:
+@pytest.mark.parametrize("group_tokens", [0, GROUP_TOKENS])
+def test_documents_that_begin_alike_share_packs(group_tokens: int) -> None:
     random = np.random.default_rng(0)
     contexts = [random.integers(0, 900, 200) for _ in range(20)]
     ids = [np.concatenate([contexts[i % 20], random.integers(0, 900, 20)]) for i in range(200)]
-    packs = pack_epoch(prefix_tree(ids), np.ones(200), 1024, 0, 0)
+    packs = pack_epoch(prefix_tree(ids), np.ones(200), 1024, 0, 0, group_tokens)
     # Ten questions on one context are 400 tokens, so two contexts share a pack of 1,024.
     assert len(packs) == 10
     assert all(len({d % 20 for d in pack.documents}) == 2 for pack in packs)
+
+
+def beginnings_of(group_tokens: int) -> list[int]:
+    """How many of ten phrases the packs begin with: 400 sentences under one system message."""
+    random = np.random.default_rng(0)
+    system = random.integers(0, 900, 24)
+    phrases = [random.integers(0, 900, 16) for _ in range(10)]
+    ids = [
+        np.concatenate([system, phrases[i % 10], random.integers(0, 900, 20)]) for i in range(400)
+    ]
+    packs = pack_epoch(prefix_tree(ids), np.ones(400), 384, 0, 0, group_tokens)
+    # What all begin with is paid for once: (384 - 24) / 36 sentences at least.
+    assert all(len(pack.documents) >= 10 for pack in packs)
+    return [len({d % 10 for d in pack.documents}) for pack in packs]
+
+
+def test_a_phrase_brings_no_rows_together_for_training() -> None:
+    assert max(beginnings_of(0)) <= 2
+    # Ten drawn at random are of 6.5 kinds in the mean.
+    assert np.mean(beginnings_of(GROUP_TOKENS)) > 6
+
+
+def test_the_loader_brings_no_rows_together_for_a_phrase() -> None:
+    random = np.random.default_rng(0)
+    phrases = [random.integers(0, 900, 16) for _ in range(10)]
+    documents = []
+    for index in range(400):
+        ids = np.concatenate([phrases[index % 10], random.integers(0, 900, 20)])
+        documents.append(Document(ids.astype(np.int32), np.ones(36, np.float32), str(index)))
+    loader = Loader(documents, list, micro_batch_tokens=360, accumulation=1, share=True)
+    kinds = [len({int(d.where) % 10 for d in pack}) for step in loader.steps() for pack in step]
+    assert np.mean(kinds) > 6
 
 
 def test_copies_in_one_epoch_are_not_drawn_together() -> None:
