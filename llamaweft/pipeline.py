@@ -505,7 +505,7 @@ def open_run(name: str | Path) -> Pipeline | None:
 
 def write_run_report(folder: RunFolder) -> None:
     """report.html and report.md from the files of a run folder."""
-    found = sorted(folder.root.glob("evaluation*.json"))
+    found = sorted(folder.root.glob("evaluation*.json"), key=lambda path: path.stem)
     check_recorded(*folder.growing, folder.recipe, folder.environment, folder.audit, folder.plan)
     records = read_metrics(folder.metrics)
     overfits = find_overfitting(records)

@@ -16,6 +16,9 @@ import torch
 from conftest import SIX_SHORT_STEPS, write_recipe
 from safetensors.torch import load_file
 
+from llamaweft.pipeline import write_run_report
+from llamaweft.train.run_folder import RunFolder
+
 
 def llamaweft(*arguments: object, code: int = 0, **options) -> subprocess.CompletedProcess:
     """Run a command and check how it ended. Nobody ever sees a traceback."""
@@ -108,6 +111,22 @@ def test_the_run_folder_is_complete(run: Path) -> None:
         "step-000006",
     ]
     assert list((run / "run").rglob("events.out.tfevents*")), "tensorboard wrote nothing"
+
+
+def test_the_runs_own_evaluation_comes_first_in_its_report(run: Path) -> None:
+    folder = RunFolder(run / "run")
+    beside = json.loads(folder.evaluation.read_text()) | {"name": "something beside it"}
+    other = folder.root / "evaluation-beside.json"
+    other.write_text(json.dumps(beside))
+    try:
+        write_run_report(folder)
+        report = folder.report_md.read_text()
+    finally:
+        other.unlink()
+        write_run_report(folder)
+    assert "beside it" in report
+    assert "beside it" not in report[: report.index("##")]  # the first sentence is of the run's own
+    assert report.index("held-out rows") < report.index("something beside it")
 
 
 def test_metrics_are_one_line_a_step(run: Path) -> None:
