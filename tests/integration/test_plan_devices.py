@@ -25,7 +25,7 @@ def planned(command, recipe_tree: dict, tmp_path: Path):
 def test_a_plan_for_many_chooses_and_says_why_and_costs_each_device(planned) -> None:
     found = planned("--devices", "4xt4", "--price-per-hour", "0.5")
     assert (found["layout"], found["devices"], found["nodes"]) == ("data 4", 4, 1)
-    assert "it is tried first" in found["decisions"]["parallel"]
+    assert "the least of 5 layouts that fit" in found["decisions"]["parallel"]
     assert "4 x NVIDIA T4 (not measured)" in found["decisions"]["device"]
     assert found["cost"] == pytest.approx(found["total_seconds"] / 3600 * 4 * 0.5)
     by_layout = {of["layout"]: of for of in found["layouts"]}
