@@ -87,14 +87,14 @@ def choose_layout(
         except UserError as error:
             refused = refused or error
             continue
-        if needed <= budget_bytes and seconds_of is None:
+        if needed > budget_bytes:
+            passed.append(f"{layout} would take {_gib(needed)}")
+            if least is None or needed < least[0]:
+                least = needed, layout
+        elif seconds_of is None:
             return Choice(layout, _reason(layout, needed, budget_bytes, passed, refused))
-        if needed <= budget_bytes and seconds_of is not None:
+        else:
             fitting.append((seconds_of(layout), layout, needed))
-            continue
-        passed.append(f"{layout} would take {_gib(needed)}")
-        if least is None or needed < least[0]:
-            least = needed, layout
     if fitting:
         return _fastest(fitting, budget_bytes)
     if least is None:
