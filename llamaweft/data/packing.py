@@ -110,10 +110,14 @@ def _groups(tree: PrefixTree, least: int) -> list[int]:
             below[tree.runs[index].parent] += below[index]
     found: list[int] = []
     for index, run in enumerate(tree.runs):
-        above = found[run.parent] if run.parent >= 0 else -1
+        above = _group(found, run.parent)
         is_long = run.stop - _stop(tree, above) >= least
         found.append(index if is_long or below[index] >= NEARLY_ALL * len(tree.last) else above)
     return found
+
+
+def _group(groups: list[int], run: int) -> int:
+    return groups[run] if run >= 0 else -1
 
 
 def _stop(tree: PrefixTree, run: int) -> int:
@@ -126,14 +130,14 @@ def _pack(tree: PrefixTree, groups: list[int], documents: list[int], capacity: i
     below: defaultdict[int, list[Bin]] = defaultdict(list)
     for document in documents:
         last = tree.last[document]
-        group = groups[last] if last >= 0 else -1
+        group = _group(groups, last)
         beyond = _stop(tree, last) - _stop(tree, group)
         below[group].append(Bin([document], beyond + tree.tokens_below(document)))
     for index in reversed(range(len(tree.runs))):
         if groups[index] != index:
             continue
         run = tree.runs[index]
-        above = groups[run.parent] if run.parent >= 0 else -1
+        above = _group(groups, run.parent)
         for filled in _fill(below.pop(index, []), capacity - run.stop, rank):
             filled.tokens += run.stop - _stop(tree, above)
             below[above].append(filled)
