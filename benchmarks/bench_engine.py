@@ -86,18 +86,18 @@ class Ring:
     def fight(self, entry: Entry) -> Iterator[Callable[[Entry | None, int], None]]:
         """Ours, alive; the function steps it in turn with a peer, or alone, for some rounds."""
         with Contender(entry, self.logs) as ours:
-            rates = [self.sgemm.measure()]
+            rates = [self.sgemm.measure_both()]
 
             def rounds(peer: Entry | None, count: int) -> None:
                 if peer is None:
                     for _ in range(count):
                         ours.step()
-                        rates.append(self.sgemm.measure())
+                        rates.append(self.sgemm.measure_both())
                     return
                 with Contender(peer, self.logs) as theirs:
                     for _ in range(count):
                         ours.step()
-                        rates.append(self.sgemm.measure())
+                        rates.append(self.sgemm.measure_both())
                         theirs.step()
                     self._compare(ours, theirs)
 

@@ -19,17 +19,18 @@ import psutil
 import torch
 
 from benchmarks.contender import ROOT, Contender
+from benchmarks.sgemm import Rates
 from llamaweft.runtime import cache_dir
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "xllamacpp", "numba", "numpy")
 GIB = 2**30
 
 
-def figures(contender: Contender, sgemm_rates: Sequence[float] = ()) -> dict[str, Any]:
+def figures(contender: Contender, rates: Sequence[Rates] = ()) -> dict[str, Any]:
     """What a contender did in its measured steps, the warm-up left out.
 
-    Peaks are those of its steps, the warm-up included; loading has its own. sgemm_rates: taken
-    before each step and after the last; each step is held against the mean of its two.
+    Peaks are those of its steps, the warm-up included; loading has its own. rates: taken before
+    each step and after the last; each step is held against the mean of its two.
     """
     steps = contender.steps
     alive = [contender.ready, *steps]
@@ -48,13 +49,14 @@ def figures(contender: Contender, sgemm_rates: Sequence[float] = ()) -> dict[str
         "peak_rss_bytes": max(step["peak_rss_bytes"] for step in alive),
         "each_step": steps,
     }
-    if sgemm_rates:
+    for name in Rates._fields if rates else ():
+        of_each = [getattr(rate, name) for rate in rates]
         shares = [
-            step["useful_flops"] / step["seconds"] / statistics.mean(sgemm_rates[i : i + 2])
+            step["useful_flops"] / step["seconds"] / statistics.mean(of_each[i : i + 2])
             for i, step in enumerate(steps)
         ]
-        found["share_of_sgemm"] = statistics.median(shares)
-        found["sgemm_flops_per_second"] = list(sgemm_rates)
+        found[f"share_of_{name}"] = statistics.median(shares)
+        found[f"{name}_flops_per_second"] = of_each
     return found
 
 
@@ -73,14 +75,18 @@ def ratio(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> f
 
 def table(case: dict[str, Any]) -> str:
     """Contenders and ratios of a case in 80 columns."""
-    columns = f"{'tok/s':>8}{'s/step':>8}{'tok/step':>9}{'anon':>7}{'rss':>7}{'sgemm':>7}"
-    lines = [case["title"], f"{'contender':<34}{columns}"]
+    columns = (
+        f"{'tok/s':>8}{'s/step':>8}{'tok/step':>9}{'anon':>7}{'rss':>7}{'sgemm':>7}{'best':>6}"
+    )
+    lines = [case["title"], f"{'contender':<28}{columns}"]
     for found in case["contenders"]:
-        share = f"{found['share_of_sgemm']:.0%}" if "share_of_sgemm" in found else "-"
+        shares = [found.get(f"share_of_{name}") for name in Rates._fields]
+        sgemm, fastest = ("-" if share is None else f"{share:.0%}" for share in shares)
         lines.append(
-            f"{found['name']:<34}{found['real_tokens_per_second']:>8.1f}"
+            f"{found['name']:<28}{found['real_tokens_per_second']:>8.1f}"
             f"{found['median_seconds']:>8.2f}{found['mean_step_tokens']:>9.0f}"
-            f"{found['peak_anon_bytes'] / GIB:>7.2f}{found['peak_rss_bytes'] / GIB:>7.2f}{share:>7}"
+            f"{found['peak_anon_bytes'] / GIB:>7.2f}{found['peak_rss_bytes'] / GIB:>7.2f}"
+            f"{sgemm:>7}{fastest:>6}"
         )
     lines += [f"{what}: {value}" for what, value in case["ratios"].items()]
     return "\n".join(lines)

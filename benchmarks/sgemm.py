@@ -1,7 +1,8 @@
 """What the machine multiplies right now: fp32 products of a model's own shapes.
 
 The yardstick for a step's useful FLOPs. It is taken between the steps, since a shared machine
-drifts; each shape counts by the FLOPs that a step spends on it.
+drifts; each shape counts by the FLOPs that a step spends on it. There are two: what torch.mm
+multiplies, and what the faster of torch's libraries does (llamaweft.weights.matmul).
 
 T: tokens of a pack   I: input features   O: output features
 """
@@ -11,17 +12,32 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from llamaweft.weights.matmul import product
 
 HEAD_ROWS = 16384
 """Rows of the head that stand for all of it; they outgrow every cache as well."""
 
 LEAST_SECONDS = 0.15
 """A product is repeated for at least so long, and its median taken."""
+
+
+Multiply = Callable[..., Any]
+"""(a, b, out=) -> a b."""
+
+
+class Rates(NamedTuple):
+    """FLOPs a second of torch.mm, and of the faster of torch's libraries."""
+
+    sgemm: float
+    fastest: float
 
 
 @dataclass(frozen=True)
@@ -63,23 +79,27 @@ class Sgemm:
         width = max(max(shape.outputs, shape.inputs) for shape in shapes)
         self._x, self._y = torch.randn(pack_tokens * width), torch.empty(pack_tokens * width)
 
-    def measure(self) -> float:
+    def measure(self, multiply: Multiply = torch.mm) -> float:
         """FLOPs a second of forward (x w^T) and backward (g w) products, shapes by their share."""
         flops = seconds = 0.0
         for shape, w_OI in zip(self.shapes, self._weights, strict=True):
             x_TI = self._x[: self.pack_tokens * shape.inputs].view(-1, shape.inputs)
             g_TO = self._x[: self.pack_tokens * shape.outputs].view(-1, shape.outputs)
-            once = self._median_seconds(x_TI, w_OI.t()) + self._median_seconds(g_TO, w_OI)
+            once = self._median_seconds(multiply, x_TI, w_OI.t())
+            once += self._median_seconds(multiply, g_TO, w_OI)
             times = shape.weights / w_OI.numel()
             flops += 4.0 * self.pack_tokens * shape.weights
             seconds += once * times
         return flops / seconds
 
-    def _median_seconds(self, a: Tensor, b: Tensor) -> float:
+    def measure_both(self) -> Rates:
+        return Rates(self.measure(), self.measure(product))
+
+    def _median_seconds(self, multiply: Multiply, a: Tensor, b: Tensor) -> float:
         out = self._y[: len(a) * b.shape[1]].view(len(a), -1)
         taken: list[float] = []
         while sum(taken) < LEAST_SECONDS:
             began = time.perf_counter()
-            torch.mm(a, b, out=out)
+            multiply(a, b, out=out)
             taken.append(time.perf_counter() - began)
         return statistics.median(taken)

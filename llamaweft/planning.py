@@ -27,6 +27,7 @@ from llamaweft.plan.shapes import LINEARS, sizes
 from llamaweft.plan.time import Speed, StepWork, step_seconds
 from llamaweft.recipe import Recipe
 from llamaweft.runtime import COMPUTE_DTYPES, Runtime
+from llamaweft.weights.matmul import product
 from llamaweft.weights.speed import product_rates
 
 LAYER_SECONDS = {"cpu": 0.010, "cuda": 0.003}
@@ -280,7 +281,7 @@ def speed_of_layers(pieces: Pieces) -> Speed:
     pieces.ran_a_layer()
     flops = middle_layer_flops(config, pack.tokens, frozen_base=not pieces.trains_all)
     shape = (min(pack.tokens, MLP_TILE_TOKENS), size["hidden"], min(size["inner"], 1024))
-    plain = matmul_flops_per_second(runtime.device, runtime.compute_dtype, shape, 0.1)
+    plain = matmul_flops_per_second(runtime.device, runtime.compute_dtype, shape, 0.1, product)
     traffic = traffic_bytes_per_second(runtime.device, 0.1)
     source = "measured on this machine by running a layer"
     return Speed(flops / layer.kept, plain, traffic, 0.0, source, measured=True, layer=layer)

@@ -20,6 +20,7 @@ import numba
 import numpy as np
 import psutil
 import torch
+from llvmlite import binding
 
 from llamaweft import __version__
 from llamaweft.errors import UserError
@@ -123,6 +124,15 @@ def cpu_has_bf16() -> bool:
     except OSError:
         return False
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def mkl_is_held_back() -> bool:
+    """Whether MKL leaves out the AVX-512 that this CPU has, and torch brings oneDNN, which does
+    not: so on AMD's. There fp32 is multiplied by oneDNN (weights/matmul.py)."""
+    amd = binding.get_host_cpu_name().startswith("znver")
+    wide = bool(binding.get_host_cpu_features().get("avx512f", False))
+    known = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return amd and wide and known and torch.backends.mkldnn.is_available()
 
 
 def share_cores(processes: int) -> None:
@@ -231,6 +241,9 @@ def environment(runtime: Runtime) -> dict[str, object]:
         "threads": runtime.threads,
         "compute_dtype": runtime.compute_dtype_name,
         "compute_dtype_reason": runtime.reason,
+        "fp32_products": "oneDNN, since MKL leaves out AVX-512 on AMD's CPUs"
+        if mkl_is_held_back()
+        else "torch.mm",
     }
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llamaweft.weights.frozen import FrozenWeight
+from llamaweft.weights.matmul import product, summed_over_tokens
 
 
 def row_norms(
@@ -59,7 +60,7 @@ class DoraProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.weight, ctx.scaling = weight, scaling
         a_RI, b_OR = lora_a.to(x_TI.dtype), lora_b.to(x_TI.dtype)
-        low_TR = (x_TI @ a_RI.t()).mul_(scaling)
+        low_TR = product(x_TI, a_RI.t()).mul_(scaling)
         y_TO = given[0]
         if y_TO is None:
             y_TO = weight.linear(x_TI).addmm_(low_TR, b_OR.t())
@@ -76,9 +77,9 @@ class DoraProduct(torch.autograd.Function):
         summed_O = product_TO.sum(0, dtype=torch.float32)
         g_m = torch.where(magnitude_O != 0, summed_O / magnitude_O, 0.0)
         gf_TO = torch.mul(g_TO, factors(magnitude_O, norm_O), out=product_TO)
-        g_low_TR = (gf_TO @ b_OR).mul_(ctx.scaling)
-        g_b = (gf_TO.t() @ low_TR).to(lora_b.dtype)
-        g_a = (g_low_TR.t() @ x_TI).to(lora_a.dtype)
+        g_low_TR = product(gf_TO, b_OR).mul_(ctx.scaling)
+        g_b = summed_over_tokens(gf_TO, low_TR).to(lora_b.dtype)
+        g_a = summed_over_tokens(g_low_TR, x_TI).to(lora_a.dtype)
         g_x = None
         if ctx.needs_input_grad[0]:
             g_x = ctx.weight.linear_backward(gf_TO).addmm_(g_low_TR, a_RI)

@@ -22,6 +22,7 @@ from llamaweft.adapters.pissa import PissaProduct, check_rank, difference, princ
 from llamaweft.errors import UserError
 from llamaweft.weights.frozen import FrozenWeight
 from llamaweft.weights.linear import Linear
+from llamaweft.weights.matmul import product, summed_over_tokens
 
 LAYER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """What `target_modules: all-linear` means: every linear layer but the head."""
@@ -214,7 +215,7 @@ class _LoraProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.weight, ctx.scaling = weight, scaling
         a_RI, b_OR = lora_a.to(x_TI.dtype), lora_b.to(x_TI.dtype)
-        low_TR = ((x_TI if seen_TI is None else seen_TI) @ a_RI.t()).mul_(scaling)
+        low_TR = product(x_TI if seen_TI is None else seen_TI, a_RI.t()).mul_(scaling)
         ctx.save_for_backward(x_TI, seen_TI, lora_a, lora_b, low_TR)
         if given[0] is not None:
             return given[0]
@@ -226,9 +227,9 @@ class _LoraProduct(torch.autograd.Function):
         g_TO = grads[0]
         wants_x, wants_seen = ctx.needs_input_grad[:2]
         a_RI, b_OR = lora_a.to(g_TO.dtype), lora_b.to(g_TO.dtype)
-        g_low_TR = (g_TO @ b_OR).mul_(ctx.scaling)
-        g_b = (g_TO.t() @ low_TR).to(lora_b.dtype)
-        g_a = (g_low_TR.t() @ (x_TI if seen_TI is None else seen_TI)).to(lora_a.dtype)
+        g_low_TR = product(g_TO, b_OR).mul_(ctx.scaling)
+        g_b = summed_over_tokens(g_TO, low_TR).to(lora_b.dtype)
+        g_a = summed_over_tokens(g_low_TR, x_TI if seen_TI is None else seen_TI).to(lora_a.dtype)
         g_x = ctx.weight.linear_backward(g_TO) if wants_x else None
         g_seen = g_low_TR @ a_RI if wants_seen else None
         if seen_TI is None and g_x is not None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from llamaweft.errors import UserError
 from llamaweft.weights.codecs import PLAIN
 from llamaweft.weights.frozen import FrozenWeight
+from llamaweft.weights.matmul import product, summed_over_tokens
 
 NITER = "pissa_niter_"
 """What stands before the number of iterations."""
@@ -111,7 +112,7 @@ class PissaProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.weight, ctx.scaling = weight, scaling
         a_SI, b_OS = _as(x_TI.dtype, lora_a, lora_b, initial_a, initial_b)
-        low_TS = (x_TI @ a_SI.t()).mul_(scaling)
+        low_TS = product(x_TI, a_SI.t()).mul_(scaling)
         ctx.save_for_backward(x_TI, lora_a, lora_b, initial_a, initial_b, low_TS)
         if given[0] is not None:
             return given[0]
@@ -122,10 +123,10 @@ class PissaProduct(torch.autograd.Function):
         x_TI, lora_a, lora_b, initial_a, initial_b, low_TS = ctx.saved_tensors
         g_TO, rank = grads[0], len(lora_a)
         a_SI, b_OS = _as(g_TO.dtype, lora_a, lora_b, initial_a, initial_b)
-        g_low_TS = (g_TO @ b_OS).mul_(ctx.scaling)
-        g_b = (g_TO.t() @ low_TS[:, :rank]).to(lora_b.dtype)
+        g_low_TS = product(g_TO, b_OS).mul_(ctx.scaling)
+        g_b = summed_over_tokens(g_TO, low_TS[:, :rank]).to(lora_b.dtype)
         g_low_TR = g_low_TS[:, :rank] + g_low_TS[:, rank:]
-        g_a = (g_low_TR.t() @ x_TI).to(lora_a.dtype)
+        g_a = summed_over_tokens(g_low_TR, x_TI).to(lora_a.dtype)
         g_x = None
         if ctx.needs_input_grad[0]:
             g_x = ctx.weight.linear_backward(g_TO).addmm_(g_low_TS, a_SI)

@@ -56,6 +56,7 @@ def examine() -> dict[str, Any]:
 
     from llamaweft.plan.hardware import available_bytes, matmul_flops_per_second
     from llamaweft.runtime import COMPUTE_DTYPES, choose_runtime, environment
+    from llamaweft.weights.matmul import product
 
     runtime = choose_runtime()
     missing = []
@@ -68,7 +69,7 @@ def examine() -> dict[str, Any]:
     return environment(runtime) | {
         "available_bytes": available_bytes(runtime.device),
         "matmul_flops_per_second": {
-            name: matmul_flops_per_second(runtime.device, COMPUTE_DTYPES[name])
+            name: matmul_flops_per_second(runtime.device, COMPUTE_DTYPES[name], multiply=product)
             for name in sorted(names)
         },
         "missing": missing,

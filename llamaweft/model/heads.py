@@ -17,6 +17,7 @@ from llamaweft.model.pack import Pack
 from llamaweft.weights.frozen import FrozenWeight, tile_size
 from llamaweft.weights.grown import GrownWeight
 from llamaweft.weights.linear import Linear, local
+from llamaweft.weights.matmul import add_product, product, summed_over_tokens, takes_onednn
 
 TILE_LABELS = 256
 """Labels of one tile of fp32 logits, where the Schedule does not say. The more, the faster the
@@ -186,7 +187,9 @@ def _exponentials(
     largest_1C = logits_VC.new_full((1, len(hidden_CE)), -torch.inf)
     total_1C = torch.zeros_like(largest_1C)
     for rows, w in _vocabulary_tiles(weight, hidden_CE.dtype):
-        if hidden_CE.dtype == torch.float32:
+        if takes_onednn(w):
+            product(hidden_CE, w.t(), out=logits_VC[rows].t())
+        elif hidden_CE.dtype == torch.float32:
             torch.mm(w, hidden_CE.t(), out=logits_VC[rows])
         else:
             logits_VC[rows] = w @ hidden_CE.t()
@@ -249,7 +252,8 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 found = _back_to_hidden(grad_VC, sum_1C, weight_C, each, weight, hidden_NE.dtype)
                 grad_NE[rows] = vocabulary.total(found)
             if grad_VE is not None:
-                grad_VE += grad_VC[trained_rows].to(hidden_NE.dtype) @ hidden_NE[rows]
+                grad_CV = grad_VC[trained_rows].t().to(hidden_NE.dtype)
+                grad_VE += summed_over_tokens(grad_CV, hidden_NE[rows])
         ctx.save_for_backward(grad_NE, grad_VE)
         return total
 
@@ -289,7 +293,7 @@ def _back_to_hidden(
     for rows, w in _vocabulary_tiles(weight, dtype):
         grad_C = _scaled(grad_VC[rows], sum_1C, weight_C, each).t()
         if dtype == torch.float32:
-            grad_CE.addmm_(grad_C, w)
+            add_product(grad_CE, grad_C, w)
         else:
             grad_CE += grad_C.to(dtype) @ w
     return grad_CE

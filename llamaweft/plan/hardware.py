@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 
 def available_bytes(device: torch.device) -> int:
@@ -55,6 +56,7 @@ def matmul_flops_per_second(
     dtype: torch.dtype,
     size: tuple[int, int, int] = (1024, 1024, 1024),
     seconds: float = 0.5,
+    multiply: Callable[[Tensor, Tensor], Tensor] = torch.mm,
 ) -> float:
     """The rate of [m, k] x [k, n] products on this device, measured for about `seconds`."""
     m, k, n = size
@@ -65,7 +67,7 @@ def matmul_flops_per_second(
     while not rates or time.perf_counter() < end:
         began = time.perf_counter()
         for _ in range(4):
-            a @ b.t()
+            multiply(a, b.t())
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         rates.append(4 * 2.0 * m * k * n / (time.perf_counter() - began))

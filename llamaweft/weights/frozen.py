@@ -26,6 +26,7 @@ from llamaweft.weights.codecs import (
     encode_scales,
 )
 from llamaweft.weights.kernels import HAS_AVX2, decode_int8, decode_nf4, encode_rows
+from llamaweft.weights.matmul import GRAIN, product, takes_onednn
 from llamaweft.weights.matvec import matvec
 
 TILE = 512
@@ -208,7 +209,8 @@ class FrozenWeight:
             return self._matvec(x_TI)
         outputs = self.shape[0]
         tile = tile_size(self.shape[1], x_TI.dtype)
-        if len(x_TI) <= FEW_TOKENS:  # matrix first: the product then has many rows, not few
+        few = GRAIN if takes_onednn(x_TI) else FEW_TOKENS + 1
+        if len(x_TI) < few:  # matrix first: the product then has many rows, not few
             x_IT = x_TI.t().contiguous()
             y_OT = x_TI.new_empty(outputs, len(x_TI))
             for start in range(0, outputs, tile):
@@ -218,7 +220,7 @@ class FrozenWeight:
         y_TO = x_TI.new_empty(len(x_TI), outputs)
         for start in range(0, outputs, tile):
             stop = min(start + tile, outputs)
-            torch.mm(x_TI, self.rows(start, stop, x_TI.dtype).t(), out=y_TO[:, start:stop])
+            product(x_TI, self.rows(start, stop, x_TI.dtype).t(), out=y_TO[:, start:stop])
         return y_TO
 
     def _matvec(self, x_1I: Tensor) -> Tensor:
@@ -238,7 +240,7 @@ class FrozenWeight:
         tile = tile_size(self.shape[0], g_TO.dtype)
         for start in range(0, inputs, tile):
             stop = min(start + tile, inputs)
-            torch.mm(g_TO, self.columns(start, stop, g_TO.dtype), out=g_TI[:, start:stop])
+            product(g_TO, self.columns(start, stop, g_TO.dtype), out=g_TI[:, start:stop])
         return g_TI
 
 

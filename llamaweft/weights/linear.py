@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from llamaweft.weights.frozen import FrozenWeight
 from llamaweft.weights.grown import ROWS, GrownWeight
+from llamaweft.weights.matmul import product, summed_over_tokens
 
 
 def local(weight: Any) -> Any:
@@ -115,13 +116,13 @@ class _TrainedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TI: Tensor, w_OI: Tensor, given: tuple[Tensor | None]) -> Tensor:
         ctx.save_for_backward(x_TI, w_OI)
-        return F.linear(x_TI, w_OI.to(x_TI.dtype)) if given[0] is None else given[0]
+        return product(x_TI, w_OI.to(x_TI.dtype).t()) if given[0] is None else given[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_TI, w_OI = ctx.saved_tensors
         g_TO = grads[0]
         wants_input, wants_weight, _ = ctx.needs_input_grad
-        g_TI = g_TO @ w_OI.to(g_TO.dtype) if wants_input else None
-        g_OI = (g_TO.t() @ x_TI).to(w_OI.dtype) if wants_weight else None
+        g_TI = product(g_TO, w_OI.to(g_TO.dtype)) if wants_input else None
+        g_OI = summed_over_tokens(g_TO, x_TI).to(w_OI.dtype) if wants_weight else None
         return g_TI, g_OI, None

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from llamaweft.weights.frozen import FrozenWeight, encode
+from llamaweft.weights.matmul import product
 
 ROWS = 2048
 """Rows (or columns) of a matrix that stand for all of it: several tiles, more than a cache."""
@@ -39,13 +41,13 @@ def product_rates(
             held = FrozenWeight(codec, (o, i), encode(codec, w_OI))
             w_OI = w_OI.to(dtype)
             x_T = torch.randn(tokens, i if forward else o).to(dtype)
-            product = held.linear if forward else held.linear_backward
-            product(x_T[:16])
+            with_held = held.linear if forward else held.linear_backward
+            with_held(x_T[:16])
             share = count * outputs * inputs / (o * i)
             flops += 2.0 * tokens * o * i * share
-            decoded += share * _seconds(product, x_T)
+            decoded += share * _seconds(with_held, x_T)
             other = w_OI.t() if forward else w_OI
-            plain += share * _seconds(other.__rmatmul__, x_T)
+            plain += share * _seconds(partial(product, b_KN=other), x_T)
     return flops / decoded, flops / plain
 
 

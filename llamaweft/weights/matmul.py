@@ -1,0 +1,90 @@
+"""Products of fp32 matrices on a CPU, by the faster of the two libraries that torch brings.
+
+torch multiplies fp32 with MKL, which takes its AVX-512 code on Intel's CPUs alone. oneDNN, which
+torch has for bf16 and convolutions, goes by what the CPU can do: on an AMD CPU with full AVX-512 it
+is twice as fast (docs/log.md). There it multiplies here, through the operator that torch's own
+compiler calls; elsewhere, and for every other dtype and device, torch.mm does.
+
+oneDNN compiles a kernel for each shape, and keeps it. Packs have many lengths, so rows go in blocks
+of few sizes; the last block begins a little earlier and computes some rows once more.
+
+M, N: rows and columns of a product   K: what is summed over   T: tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from llamaweft.runtime import mkl_is_held_back
+
+BLOCK, GRAIN = 256, 32
+"""Rows that are multiplied at once, and what a smaller number of them is a multiple of."""
+
+
+BY_ONEDNN = mkl_is_held_back()
+"""Decided by the machine, never by a measurement: the same machine gives the same bits."""
+
+
+def takes_onednn(a: Tensor) -> bool:
+    """Whether products with this matrix are oneDNN's."""
+    return BY_ONEDNN and a.dtype == torch.float32 and a.device.type == "cpu"
+
+
+def product(a_MK: Tensor, b_KN: Tensor, out: Tensor | None = None) -> Tensor:
+    """a b, in `out` where one is given. Without gradients: autograd does not see it."""
+    if not takes_onednn(a_MK) or len(a_MK) < GRAIN:
+        return torch.mm(a_MK, b_KN, out=out) if out is not None else torch.mm(a_MK, b_KN)
+    if out is None:
+        out = a_MK.new_empty(len(a_MK), b_KN.shape[1])
+    for rows in row_blocks(len(a_MK)):
+        out[rows] = _onednn(a_MK[rows], b_KN)
+    return out
+
+
+def add_product(sum_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """sum += a b, in place."""
+    if not takes_onednn(a_MK) or len(a_MK) < GRAIN:
+        return sum_MN.addmm_(a_MK, b_KN)
+    done = 0
+    for rows in row_blocks(len(a_MK)):
+        new = rows.start if rows.start > done else done
+        sum_MN[new : rows.stop] += _onednn(a_MK[rows], b_KN)[new - rows.start :]
+        done = rows.stop
+    return sum_MN
+
+
+def summed_over_tokens(a_TM: Tensor, b_TN: Tensor) -> Tensor:
+    """a^T b, the gradient of a matrix whose products have a and b on their two sides."""
+    tokens = len(a_TM) // GRAIN * GRAIN
+    if not takes_onednn(a_TM) or not tokens:
+        return torch.mm(a_TM.t(), b_TN)
+    if a_TM.shape[1] > b_TN.shape[1]:  # the narrower one first is several times as fast
+        return summed_over_tokens(b_TN, a_TM).t()
+    step = BLOCK if a_TM.shape[1] <= BLOCK else tokens  # a sum as large as a matrix is made once
+    sum_MN = _onednn(a_TM[: min(step, tokens)].t(), b_TN[: min(step, tokens)])
+    for start in range(step, tokens, step):
+        rows = slice(start, min(start + step, tokens))
+        sum_MN.add_(_onednn(a_TM[rows].t(), b_TN[rows]))
+    return sum_MN if tokens == len(a_TM) else sum_MN.addmm_(a_TM[tokens:].t(), b_TN[tokens:])
+
+
+def row_blocks(count: int) -> Iterator[slice]:
+    """Slices that cover range(count), of BLOCK rows or a smaller multiple of GRAIN; the last may
+    begin inside the one before it. count is at least GRAIN."""
+    whole = count // BLOCK * BLOCK
+    yield from (slice(start, start + BLOCK) for start in range(0, whole, BLOCK))
+    rest = count - whole
+    if not rest:
+        return
+    size = -(-rest // GRAIN) * GRAIN
+    if size > count:  # a single block that is not full
+        size = GRAIN
+        yield slice(0, rest // GRAIN * GRAIN)
+    yield slice(count - size, count)
+
+
+def _onednn(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a_MK, b_KN.t(), None, "none", [], "")
