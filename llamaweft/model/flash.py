@@ -131,8 +131,10 @@ def _blocked(
     kv_heads, groups, queries, size = q.shape
     scale = 1 / math.sqrt(size)
     delta = (g * o).sum(-1, keepdim=True)
-    for first in range(0, queries, QUERY_BLOCK):
-        rows = slice(first, min(first + QUERY_BLOCK, queries))
+    # Few keys, as a short prefix has, are seen by many queries at once: as many scores.
+    step = QUERY_BLOCK if causal else max(QUERY_BLOCK, QUERY_BLOCK * KEY_BLOCK // k.shape[1])
+    for first in range(0, queries, step):
+        rows = slice(first, min(first + step, queries))
         count = rows.stop - first
         q_b = (q[:, :, rows] * scale).reshape(kv_heads, groups * count, size)
         g_b = g[:, :, rows].reshape(kv_heads, groups * count, size)

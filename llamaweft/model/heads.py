@@ -17,7 +17,13 @@ from llamaweft.model.pack import Pack
 from llamaweft.weights.frozen import FrozenWeight, tile_size
 from llamaweft.weights.grown import GrownWeight
 from llamaweft.weights.linear import Linear, local
-from llamaweft.weights.matmul import add_product, product, summed_over_tokens, takes_onednn
+from llamaweft.weights.matmul import (
+    add_product,
+    padded,
+    product,
+    summed_over_tokens,
+    takes_onednn,
+)
 
 TILE_LABELS = 256
 """Labels of one tile of fp32 logits, where the Schedule does not say. The more, the faster the
@@ -186,9 +192,10 @@ def _exponentials(
     logits_VC = hidden_CE.new_empty(weight.shape[0], len(hidden_CE), dtype=torch.float32)
     largest_1C = logits_VC.new_full((1, len(hidden_CE)), -torch.inf)
     total_1C = torch.zeros_like(largest_1C)
+    rows_CE = padded(hidden_CE)
     for rows, w in _vocabulary_tiles(weight, hidden_CE.dtype):
         if takes_onednn(w):
-            product(hidden_CE, w.t(), out=logits_VC[rows].t())
+            product(rows_CE, w.t(), out=logits_VC[rows].t())
         elif hidden_CE.dtype == torch.float32:
             torch.mm(w, hidden_CE.t(), out=logits_VC[rows])
         else:

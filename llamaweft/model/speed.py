@@ -21,7 +21,7 @@ from llamaweft.model.llama import LlamaForCausalLM, Memory, empty_causal_lm
 from llamaweft.model.pack import Pack
 from llamaweft.model.presets import LlamaConfig
 from llamaweft.weights.codecs import codec_of
-from llamaweft.weights.frozen import FrozenWeight, Scratch, encode
+from llamaweft.weights.frozen import Scratch, random_frozen
 from llamaweft.weights.linear import Linear
 
 LEAST_SECONDS, LEAST_RUNS, MOST_RUNS = 0.4, 2, 20
@@ -93,17 +93,14 @@ def _one_layer(config: LlamaConfig, codec: str | None, device: torch.device) -> 
     model, scratch = empty_causal_lm(config), Scratch()
     for name, parameter in list(model.named_parameters()):
         module = model.get_submodule(name.rpartition(".")[0])
-        value = torch.randn(parameter.shape) * config.initializer_range
+        std = config.initializer_range
         if isinstance(module, Linear) and codec is not None:
-            module.hold(_frozen(name, value, codec, scratch).to(device))
+            own, (rows, columns) = codec_of(name, codec, parameter.ndim), parameter.shape
+            module.hold(random_frozen(own, (rows, columns), std, scratch).to(device))
         else:
+            value = torch.empty(parameter.shape).normal_(0, std)
             module.weight = nn.Parameter(value.to(device), requires_grad=codec is None)
     return model
-
-
-def _frozen(name: str, value: Tensor, codec: str, scratch: Scratch) -> FrozenWeight:
-    own = codec_of(name, codec, value.ndim)
-    return FrozenWeight(own, tuple(value.shape), encode(own, value), scratch=scratch)
 
 
 def _run(model: LlamaForCausalLM, x_TE: Tensor, pack: Pack, depth: int) -> None:
@@ -125,11 +122,12 @@ def _head_seconds(
     rows = min(config.vocab_size, HEAD_ROWS)
     head = CausalLMHead(config.hidden_size, rows).to(device)
     # Small, as real logits are: the exponentials of large ones would be too small for fast numbers.
-    value = torch.randn(rows, config.hidden_size) * config.initializer_range
+    shape, std = (rows, config.hidden_size), config.initializer_range
     if codec is None:
-        head.hold(nn.Parameter(value.to(device)))
+        head.hold(nn.Parameter(torch.empty(shape).normal_(0, std).to(device)))
     else:
-        head.hold(_frozen("lm_head.weight", value, codec, Scratch()).to(device))
+        own = codec_of("lm_head.weight", codec, 2)
+        head.hold(random_frozen(own, shape, std, Scratch()).to(device))
     hidden_NE = torch.randn(labels, config.hidden_size, device=device).to(dtype)
     targets_N = torch.randint(rows, (labels,), device=device)
     pack = Pack(

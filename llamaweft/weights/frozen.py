@@ -11,7 +11,7 @@ T: tokens   I: input features   O: output features   N: rows asked for
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -26,13 +26,16 @@ from llamaweft.weights.codecs import (
     encode_scales,
 )
 from llamaweft.weights.kernels import HAS_AVX2, decode_int8, decode_nf4, encode_rows
-from llamaweft.weights.matmul import GRAIN, product, takes_onednn
+from llamaweft.weights.matmul import GRAIN, padded, product, takes_onednn
 from llamaweft.weights.matvec import matvec
 
 TILE = 512
 TILE_BYTES = 4 * 2**20
 """Rows (or columns) of a tile, or as many as have so many bytes: small enough for the cache, large
 enough for the matrix product (benchmarks/bench_tiles.py)."""
+
+RANDOM_ROWS = 1024
+"""Rows of a random matrix that are drawn at once."""
 
 FEW_TOKENS = 128
 """Up to so many tokens a product w x^T is faster than x w^T (docs/log.md)."""
@@ -217,7 +220,7 @@ class FrozenWeight:
                 stop = min(start + tile, outputs)
                 torch.mm(self.rows(start, stop, x_TI.dtype), x_IT, out=y_OT[start:stop])
             return y_OT.t().contiguous()
-        y_TO = x_TI.new_empty(len(x_TI), outputs)
+        y_TO, x_TI = x_TI.new_empty(len(x_TI), outputs), padded(x_TI)
         for start in range(0, outputs, tile):
             stop = min(start + tile, outputs)
             product(x_TI, self.rows(start, stop, x_TI.dtype).t(), out=y_TO[:, start:stop])
@@ -236,7 +239,7 @@ class FrozenWeight:
         if g_TO.device.type != "cpu":
             return g_TO @ self.dequantised(g_TO.dtype)
         inputs = self.shape[1]
-        g_TI = g_TO.new_empty(len(g_TO), inputs)
+        g_TI, g_TO = g_TO.new_empty(len(g_TO), inputs), padded(g_TO)
         tile = tile_size(self.shape[0], g_TO.dtype)
         for start in range(0, inputs, tile):
             stop = min(start + tile, inputs)
@@ -260,8 +263,23 @@ def encode(codec: str, w_OI: Tensor) -> dict[str, Tensor]:
     chunks of rows (weights/build.py)."""
     if codec in PLAIN:
         return {"values": w_OI.to(PLAIN[codec])}
-    rows = encode_rows(codec, np.ascontiguousarray(w_OI.float().numpy()))
-    parts = {name: torch.from_numpy(values) for name, values in rows.items()}
+    return _encoded(codec, [w_OI])
+
+
+def random_frozen(codec: str, shape: tuple[int, int], std: float, scratch: Scratch) -> FrozenWeight:
+    """A matrix of normal numbers, for measuring: no more of it than RANDOM_ROWS is ever whole."""
+    if codec in PLAIN:
+        values = torch.empty(shape, dtype=PLAIN[codec]).normal_(0, std)
+        return FrozenWeight(codec, shape, {"values": values}, scratch=scratch)
+    counts = [min(RANDOM_ROWS, shape[0] - start) for start in range(0, shape[0], RANDOM_ROWS)]
+    chunks = (torch.empty(count, shape[1]).normal_(0, std) for count in counts)
+    return FrozenWeight(codec, shape, _encoded(codec, chunks), scratch=scratch)
+
+
+def _encoded(codec: str, chunks: Iterable[Tensor]) -> dict[str, Tensor]:
+    """The parts of a matrix that comes in chunks of rows."""
+    rows = [encode_rows(codec, np.ascontiguousarray(chunk.float().numpy())) for chunk in chunks]
+    parts = {name: torch.cat([torch.from_numpy(r[name]) for r in rows]) for name in rows[0]}
     if codec == "nf4":
         parts |= encode_scales(parts.pop("scales"))
     return parts

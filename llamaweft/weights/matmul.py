@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llamaweft.runtime import mkl_is_held_back
 
-BLOCK, GRAIN = 256, 32
+BLOCK, GRAIN = 256, 16
 """Rows that are multiplied at once, and what a smaller number of them is a multiple of."""
 
 
@@ -33,14 +33,25 @@ def takes_onednn(a: Tensor) -> bool:
     return BY_ONEDNN and a.dtype == torch.float32 and a.device.type == "cpu"
 
 
+def padded(a_MK: Tensor) -> Tensor:
+    """The matrix, with rows of zeros where it is less than a block and no multiple of GRAIN: one
+    product is then faster than two blocks. For products with many matrices, whose `out` has the
+    rows that count."""
+    missing = -len(a_MK) % GRAIN
+    if not takes_onednn(a_MK) or len(a_MK) < GRAIN or len(a_MK) > BLOCK or not missing:
+        return a_MK
+    return torch.cat([a_MK, a_MK.new_zeros(missing, a_MK.shape[1])])
+
+
 def product(a_MK: Tensor, b_KN: Tensor, out: Tensor | None = None) -> Tensor:
-    """a b, in `out` where one is given. Without gradients: autograd does not see it."""
+    """a b, in `out` where one is given, without the rows that `padded` added to a. Without
+    gradients: autograd does not see it."""
     if not takes_onednn(a_MK) or len(a_MK) < GRAIN:
         return torch.mm(a_MK, b_KN, out=out) if out is not None else torch.mm(a_MK, b_KN)
     if out is None:
         out = a_MK.new_empty(len(a_MK), b_KN.shape[1])
     for rows in row_blocks(len(a_MK)):
-        out[rows] = _onednn(a_MK[rows], b_KN)
+        out[rows] = _onednn(a_MK[rows], b_KN)[: len(out) - rows.start]
     return out
 
 
@@ -48,11 +59,11 @@ def add_product(sum_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> Tensor:
     """sum += a b, in place."""
     if not takes_onednn(a_MK) or len(a_MK) < GRAIN:
         return sum_MN.addmm_(a_MK, b_KN)
-    done = 0
+    a_MK, done = padded(a_MK), 0
     for rows in row_blocks(len(a_MK)):
-        new = rows.start if rows.start > done else done
-        sum_MN[new : rows.stop] += _onednn(a_MK[rows], b_KN)[new - rows.start :]
-        done = rows.stop
+        stop = min(rows.stop, len(sum_MN))
+        sum_MN[done:stop] += _onednn(a_MK[rows], b_KN)[done - rows.start : stop - rows.start]
+        done = stop
     return sum_MN
 
 

@@ -14,6 +14,7 @@ from llamaweft.weights.matmul import (
     BLOCK,
     GRAIN,
     add_product,
+    padded,
     product,
     row_blocks,
     summed_over_tokens,
@@ -102,6 +103,18 @@ def test_packs_of_many_lengths_make_products_of_few_sizes(calls) -> None:
         summed_over_tokens(torch.zeros(count, 16), torch.zeros(count, 64))
     assert len({rows for rows, _, columns in calls if columns == 32}) == BLOCK // GRAIN
     assert len({tokens for rows, tokens, _ in calls if rows == 16}) == BLOCK // GRAIN
+
+
+@pytest.mark.parametrize("count", [GRAIN - 1, GRAIN, GRAIN + 1, 95, BLOCK - 1, BLOCK, BLOCK + 1])
+def test_padding_makes_one_product_and_is_left_out(calls, count: int) -> None:
+    torch.manual_seed(count)
+    a, b = torch.randn(count, 64), torch.randn(64, 40)
+    wide = padded(a)
+    assert len(wide) == (count if count < GRAIN or count > BLOCK else -(-count // GRAIN) * GRAIN)
+    assert wide is a or count % GRAIN
+    found = product(wide, b, out=torch.empty(count, 40))
+    assert differ(found, a.double() @ b.double()) < 1e-6
+    assert len(calls) == (0 if count < GRAIN else 1 + (count > BLOCK))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
