@@ -103,7 +103,8 @@ def test_logits_and_gradients_on_random_tiny_models(shape: str, tmp_path: Path) 
 
 
 def test_logits_and_gradients_of_the_embedded_model() -> None:
-    compare(builtin_folder("builtin:smollm2-135m"), (40, 9), 1e-4)  # oneDNN and MKL sum in another order
+    # oneDNN and MKL sum in another order.
+    compare(builtin_folder("builtin:smollm2-135m"), (40, 9), 1e-4)
 
 
 def gradients(folder: Path, keep: frozenset[str], tile: int, adapted: bool) -> list[torch.Tensor]:
