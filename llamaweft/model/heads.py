@@ -20,9 +20,8 @@ from llamaweft.weights.linear import Linear, local
 from llamaweft.weights.matmul import (
     add_product,
     padded,
-    product,
+    product_in_columns,
     summed_over_tokens,
-    takes_onednn,
 )
 
 TILE_LABELS = 256
@@ -192,12 +191,10 @@ def _exponentials(
     logits_VC = hidden_CE.new_empty(weight.shape[0], len(hidden_CE), dtype=torch.float32)
     largest_1C = logits_VC.new_full((1, len(hidden_CE)), -torch.inf)
     total_1C = torch.zeros_like(largest_1C)
-    rows_CE = padded(hidden_CE)
+    padded_CE = padded(hidden_CE)
     for rows, w in _vocabulary_tiles(weight, hidden_CE.dtype):
-        if takes_onednn(w):
-            product(rows_CE, w.t(), out=logits_VC[rows].t())
-        elif hidden_CE.dtype == torch.float32:
-            torch.mm(w, hidden_CE.t(), out=logits_VC[rows])
+        if hidden_CE.dtype == torch.float32:
+            product_in_columns(w, padded_CE.t(), out=logits_VC[rows])
         else:
             logits_VC[rows] = w @ hidden_CE.t()
         largest_1C = torch.maximum(largest_1C, logits_VC[rows].amax(dim=0, keepdim=True))

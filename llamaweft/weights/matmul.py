@@ -55,6 +55,15 @@ def product(a_MK: Tensor, b_KN: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
+def product_in_columns(a_MK: Tensor, b_KN: Tensor, out: Tensor) -> Tensor:
+    """`product` where it is b's columns whose number varies, and that may be padded."""
+    if not takes_onednn(a_MK) or b_KN.shape[1] < GRAIN:
+        return torch.mm(a_MK, b_KN, out=out)
+    for columns in row_blocks(b_KN.shape[1]):
+        out[:, columns] = _onednn(a_MK, b_KN[:, columns])[:, : out.shape[1] - columns.start]
+    return out
+
+
 def add_product(sum_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> Tensor:
     """sum += a b, in place."""
     if not takes_onednn(a_MK) or len(a_MK) < GRAIN:
@@ -83,7 +92,7 @@ def summed_over_tokens(a_TM: Tensor, b_TN: Tensor) -> Tensor:
 
 
 def row_blocks(count: int) -> Iterator[slice]:
-    """Slices that cover range(count), of BLOCK rows or a smaller multiple of GRAIN; the last may
+    """Slices that cover range(count), of BLOCK rows (or columns) or a smaller multiple of GRAIN; the last may
     begin inside the one before it. count is at least GRAIN."""
     whole = count // BLOCK * BLOCK
     yield from (slice(start, start + BLOCK) for start in range(0, whole, BLOCK))

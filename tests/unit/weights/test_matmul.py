@@ -16,6 +16,7 @@ from llamaweft.weights.matmul import (
     add_product,
     padded,
     product,
+    product_in_columns,
     row_blocks,
     summed_over_tokens,
 )
@@ -69,6 +70,15 @@ def test_products_are_those_of_fp64(calls, count: int) -> None:
     product(a, b, out=turned.t())
     assert differ(turned.t(), wanted) < 1e-6
     assert calls
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_columns_go_in_blocks_as_rows_do(calls, count: int) -> None:
+    torch.manual_seed(count)
+    a, b_NK = torch.randn(80, 96), torch.randn(count, 96)
+    found = product_in_columns(a, padded(b_NK).t(), torch.empty(80, count))
+    assert differ(found, a.double() @ b_NK.double().t()) < 1e-6
+    assert {columns % GRAIN for _, _, columns in calls} == {0}
 
 
 @pytest.mark.parametrize("count", COUNTS)
