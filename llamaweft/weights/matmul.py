@@ -92,8 +92,8 @@ def summed_over_tokens(a_TM: Tensor, b_TN: Tensor) -> Tensor:
 
 
 def row_blocks(count: int) -> Iterator[slice]:
-    """Slices that cover range(count), of BLOCK rows (or columns) or a smaller multiple of GRAIN; the last may
-    begin inside the one before it. count is at least GRAIN."""
+    """Slices that cover range(count), of BLOCK rows (or columns) or a smaller multiple of GRAIN;
+    the last may begin inside the one before it. count is at least GRAIN."""
     whole = count // BLOCK * BLOCK
     yield from (slice(start, start + BLOCK) for start in range(0, whole, BLOCK))
     rest = count - whole
