@@ -29,8 +29,9 @@ matrix library; and what remains of that once a layer was run."""
 LARGE_TENSOR_BYTES = 8 * 2**20
 """Widest activation from which on freed memory is given back at once."""
 
-FRAGMENT_BYTES = 96 * 2**20
-"""What the C library holds on to otherwise. docs/plan.md has what was measured."""
+FRAGMENT_BYTES = 128 * 2**20
+"""What the C library holds on to, at most, of memory that it does not map tensor by tensor; part of
+it was given back when the plan was made, and is taken again. docs/plan.md has what was measured."""
 
 LEAST_CACHE_BYTES = 32 * 2**20
 """Keys and values of answers take so much, whatever the budget says."""
@@ -93,7 +94,6 @@ class Fitted(Trained):
         if not on_cpu and not self.trains_all:
             held = store_bytes(self.config, self.base_weights, without=self.whole)
         compute_bytes = self.runtime.compute_dtype.itemsize
-        fragments = FRAGMENT_BYTES if on_cpu and not self._has_large_tensors else 0
         to_come = WARM_RUNTIME_BYTES if on_cpu and self.has_run_a_layer else RUNTIME_BYTES
         return Workload(
             config=self.config,
@@ -106,7 +106,7 @@ class Fitted(Trained):
             compute_bytes=compute_bytes,
             kept_bytes=2 if training.keep_activations == "bf16" else None,
             runtime_bytes=to_come + self.beside_bytes + (anon_bytes() if on_cpu else 0),
-            fragment_bytes=fragments,
+            fragment_bytes=FRAGMENT_BYTES if on_cpu else 0,
             large_tensors=on_cpu and self._has_large_tensors,
             weight_bytes=held,
             optimizer_bytes=optimizer_bytes_per_parameter(training.optimizer),
