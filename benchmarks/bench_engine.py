@@ -15,7 +15,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import mean
@@ -74,13 +74,21 @@ class Ring:
             "accumulation": 1,
             "base_weights": self.base_weights,
             "memory_budget": budget,
+            "compute_dtype": self.options.compute_dtype,
         }
         name = f"llamaweft {self.base_weights} {budget or ''}".strip()
+        name += self._dtype
         name += " limited" if group else ""
         return Entry(f"{name} @{self.pack_tokens}", "benchmarks.engine", settings, {}, group)
 
     def peer(self, choice: peer_choice.Choice) -> Entry:
-        return choice.entry(self.model, self.tokens, self.pack_tokens)
+        entry = choice.entry(self.model, self.tokens, self.pack_tokens)
+        settings = entry.settings | {"compute_dtype": self.options.compute_dtype}
+        return replace(entry, name=entry.name.replace(" @", f"{self._dtype} @"), settings=settings)
+
+    @property
+    def _dtype(self) -> str:
+        return "" if self.options.compute_dtype == "fp32" else f" in {self.options.compute_dtype}"
 
     @contextmanager
     def fight(self, entry: Entry) -> Iterator[Callable[[Entry | None, int], None]]:
@@ -246,6 +254,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--base-weights", help="ours; default: nf4, and auto for embedded")
     parser.add_argument("--memory-budget", help="ours, for slice and embedded")
+    parser.add_argument(
+        "--compute-dtype", choices=("fp32", "bf16"), default="fp32", help="of all contenders"
+    )
     parser.add_argument(
         "--settled", action="store_true", help="do not tune the peer: take packs, one at a time"
     )

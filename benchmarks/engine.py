@@ -31,6 +31,7 @@ class Settings:
     accumulation: int
     base_weights: str
     memory_budget: str | None = None
+    compute_dtype: str = "fp32"
     seed: int = 0
 
     def recipe(self, output_dir: str) -> Recipe:
@@ -40,7 +41,7 @@ class Settings:
             "max_steps": MANY_STEPS,
             "micro_batch_tokens": self.pack_tokens,
             "gradient_accumulation_steps": self.accumulation,
-            "compute_dtype": "fp32",
+            "compute_dtype": self.compute_dtype,
             "device": "cpu",
             "memory_budget": self.memory_budget,
             "checkpoint_every_steps": MANY_STEPS,

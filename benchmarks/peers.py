@@ -8,10 +8,11 @@ tokenised and labelled, so it trains exactly the tokens that llamaweft trains. T
 - packed: packs by `bfd` without padding.
 - grouped: rows of like length in a batch, padded.
 
-All compute in fp32, adapters included: trl makes those bf16 beside NF4, which a CPU multiplies
-slowly in products as thin as LoRA's. Attention is `sdpa`: the only one that a CPU has that is
-fast, trains and keeps packed documents apart (transformers makes a block-diagonal mask from the
-positions that trl gives it; flash attention needs a GPU, flex attention on a CPU does not train).
+The base computes in fp32, or in bf16 where that is asked for; adapters in fp32: trl makes those
+bf16 beside NF4, which a CPU multiplies slowly in products as thin as LoRA's. Attention is `sdpa`:
+the only one that a CPU has that is fast, trains and keeps packed documents apart (transformers
+makes a block-diagonal mask from the positions that trl gives it; flash attention needs a GPU, flex
+attention on a CPU does not train).
 
     python -m benchmarks.peers '{"model": ..., "tokens": ..., "mode": "packed", ...}'
 """
@@ -54,7 +55,12 @@ class Settings:
     accumulation: int
     nf4: bool
     checkpointing: bool = False
+    compute_dtype: str = "fp32"
     seed: int = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.compute_dtype]
 
 
 class CountingTrainer(SFTTrainer):
@@ -94,7 +100,7 @@ def build_trainer(settings: Settings, output: str, turnstile: Turnstile) -> Coun
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=settings.mode == "defaults",
-        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_compute_dtype=settings.dtype,
     )
     trainer = CountingTrainer(
         model=settings.model,
@@ -137,7 +143,10 @@ def _config(settings: Settings, output: str) -> SFTConfig:
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"},
+        model_init_kwargs={
+            "dtype": str(settings.dtype).removeprefix("torch."),
+            "attn_implementation": "sdpa",
+        },
     )
 
 
