@@ -112,7 +112,7 @@ def recipe_for(task: str, models: dict, rows: dict[str, Path], output_dir: Path)
             "lr_scheduler_type": "constant",
             "warmup_ratio": 0,
             "weight_decay": 0.1,
-            "adam_epsilon": 1e-6,  # else the sign of what is rounding alone decides some updates
+            "adam_epsilon": 1e-5,  # else the sign of what is rounding alone decides some updates
             "max_grad_norm": 0.5,
             "max_steps": 5,
             "micro_batch_tokens": 384,
