@@ -35,6 +35,7 @@ from trl import SFTConfig, SFTTrainer
 
 from benchmarks.data import IGNORED_LABEL
 from benchmarks.step_server import StepServer
+from llamaweft.runtime import DTYPES
 
 MANY_STEPS = 100_000
 """More than are ever asked for."""
@@ -60,7 +61,7 @@ class Settings:
 
     @property
     def dtype(self) -> torch.dtype:
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.compute_dtype]
+        return DTYPES[self.compute_dtype]
 
 
 class CountingTrainer(SFTTrainer):

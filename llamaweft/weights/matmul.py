@@ -6,7 +6,7 @@ is twice as fast (docs/log.md). There it multiplies here, through the operator t
 compiler calls; elsewhere, and for every other dtype and device, torch.mm does.
 
 oneDNN compiles a kernel for each shape, and keeps it. Packs have many lengths, so rows go in blocks
-of few sizes; the last block begins a little earlier and computes some rows once more.
+of few sizes: the last begins a little earlier and computes some rows once more, or zeros follow.
 
 M, N: rows and columns of a product   K: what is summed over   T: tokens
 """
@@ -47,7 +47,7 @@ def product(a_MK: Tensor, b_KN: Tensor, out: Tensor | None = None) -> Tensor:
     """a b, in `out` where one is given, without the rows that `padded` added to a. Without
     gradients: autograd does not see it."""
     if not takes_onednn(a_MK) or len(a_MK) < GRAIN:
-        return torch.mm(a_MK, b_KN, out=out) if out is not None else torch.mm(a_MK, b_KN)
+        return torch.mm(a_MK, b_KN, out=out)
     if out is None:
         out = a_MK.new_empty(len(a_MK), b_KN.shape[1])
     for rows in row_blocks(len(a_MK)):
@@ -83,8 +83,9 @@ def summed_over_tokens(a_TM: Tensor, b_TN: Tensor) -> Tensor:
         return torch.mm(a_TM.t(), b_TN)
     if a_TM.shape[1] > b_TN.shape[1]:  # the narrower one first is several times as fast
         return summed_over_tokens(b_TN, a_TM).t()
-    step = BLOCK if a_TM.shape[1] <= BLOCK else tokens  # a sum as large as a matrix is made once
-    sum_MN = _onednn(a_TM[: min(step, tokens)].t(), b_TN[: min(step, tokens)])
+    # A sum as large as a matrix is made once.
+    step = min(BLOCK, tokens) if a_TM.shape[1] <= BLOCK else tokens
+    sum_MN = _onednn(a_TM[:step].t(), b_TN[:step])
     for start in range(step, tokens, step):
         rows = slice(start, min(start + step, tokens))
         sum_MN.add_(_onednn(a_TM[rows].t(), b_TN[rows]))
