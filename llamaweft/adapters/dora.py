@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llamaweft.weights.frozen import FrozenWeight
-from llamaweft.weights.matmul import product, summed_over_tokens
+from llamaweft.weights.matmul import add_thin_product, product, summed_over_tokens
 
 
 def row_norms(
@@ -63,7 +63,7 @@ class DoraProduct(torch.autograd.Function):
         low_TR = product(x_TI, a_RI.t()).mul_(scaling)
         y_TO = given[0]
         if y_TO is None:
-            y_TO = weight.linear(x_TI).addmm_(low_TR, b_OR.t())
+            y_TO = add_thin_product(weight.linear(x_TI), low_TR, b_OR.t())
             y_TO.mul_(factors(magnitude_O, norm_O))
         ctx.save_for_backward(x_TI, lora_a, lora_b, magnitude_O, norm_O, low_TR, y_TO)
         return y_TO
@@ -82,5 +82,5 @@ class DoraProduct(torch.autograd.Function):
         g_a = summed_over_tokens(g_low_TR, x_TI).to(lora_a.dtype)
         g_x = None
         if ctx.needs_input_grad[0]:
-            g_x = ctx.weight.linear_backward(gf_TO).addmm_(g_low_TR, a_RI)
+            g_x = add_thin_product(ctx.weight.linear_backward(gf_TO), g_low_TR, a_RI)
         return g_x, g_a, g_b, g_m, None, None, None, None

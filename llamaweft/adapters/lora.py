@@ -22,7 +22,7 @@ from llamaweft.adapters.pissa import PissaProduct, check_rank, difference, princ
 from llamaweft.errors import UserError
 from llamaweft.weights.frozen import FrozenWeight
 from llamaweft.weights.linear import Linear
-from llamaweft.weights.matmul import product, summed_over_tokens
+from llamaweft.weights.matmul import add_thin_product, product, summed_over_tokens
 
 LAYER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """What `target_modules: all-linear` means: every linear layer but the head."""
@@ -219,7 +219,7 @@ class _LoraProduct(torch.autograd.Function):
         ctx.save_for_backward(x_TI, seen_TI, lora_a, lora_b, low_TR)
         if given[0] is not None:
             return given[0]
-        return weight.linear(x_TI).addmm_(low_TR, b_OR.t())
+        return add_thin_product(weight.linear(x_TI), low_TR, b_OR.t())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -233,7 +233,7 @@ class _LoraProduct(torch.autograd.Function):
         g_x = ctx.weight.linear_backward(g_TO) if wants_x else None
         g_seen = g_low_TR @ a_RI if wants_seen else None
         if seen_TI is None and g_x is not None:
-            g_x.addmm_(g_low_TR, a_RI)
+            add_thin_product(g_x, g_low_TR, a_RI)
         return g_x, g_seen, g_a, g_b, None, None, None
 
 

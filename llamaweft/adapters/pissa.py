@@ -18,7 +18,7 @@ from torch import Tensor
 from llamaweft.errors import UserError
 from llamaweft.weights.codecs import PLAIN
 from llamaweft.weights.frozen import FrozenWeight
-from llamaweft.weights.matmul import product, summed_over_tokens
+from llamaweft.weights.matmul import add_thin_product, product, summed_over_tokens
 
 NITER = "pissa_niter_"
 """What stands before the number of iterations."""
@@ -116,7 +116,7 @@ class PissaProduct(torch.autograd.Function):
         ctx.save_for_backward(x_TI, lora_a, lora_b, initial_a, initial_b, low_TS)
         if given[0] is not None:
             return given[0]
-        return weight.linear(x_TI).addmm_(low_TS, b_OS.t())
+        return add_thin_product(weight.linear(x_TI), low_TS, b_OS.t())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -129,7 +129,7 @@ class PissaProduct(torch.autograd.Function):
         g_a = summed_over_tokens(g_low_TR, x_TI).to(lora_a.dtype)
         g_x = None
         if ctx.needs_input_grad[0]:
-            g_x = ctx.weight.linear_backward(g_TO).addmm_(g_low_TS, a_SI)
+            g_x = add_thin_product(ctx.weight.linear_backward(g_TO), g_low_TS, a_SI)
         return g_x, g_a, g_b, None, None, None, None, None
 
 

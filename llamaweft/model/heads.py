@@ -193,10 +193,7 @@ def _exponentials(
     total_1C = torch.zeros_like(largest_1C)
     padded_CE = padded(hidden_CE)
     for rows, w in _vocabulary_tiles(weight, hidden_CE.dtype):
-        if hidden_CE.dtype == torch.float32:
-            product_in_columns(w, padded_CE.t(), out=logits_VC[rows])
-        else:
-            logits_VC[rows] = w @ hidden_CE.t()
+        product_in_columns(w, padded_CE.t(), out=logits_VC[rows])
         largest_1C = torch.maximum(largest_1C, logits_VC[rows].amax(dim=0, keepdim=True))
         if smoothing:
             total_1C += logits_VC[rows].sum(dim=0, keepdim=True)
@@ -296,8 +293,5 @@ def _back_to_hidden(
     grad_CE = grad_VC.new_zeros(grad_VC.shape[1], weight.shape[1])
     for rows, w in _vocabulary_tiles(weight, dtype):
         grad_C = _scaled(grad_VC[rows], sum_1C, weight_C, each).t()
-        if dtype == torch.float32:
-            add_product(grad_CE, grad_C, w)
-        else:
-            grad_CE += grad_C.to(dtype) @ w
+        add_product(grad_CE, grad_C.to(dtype), w)
     return grad_CE

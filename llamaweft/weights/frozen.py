@@ -26,13 +26,13 @@ from llamaweft.weights.codecs import (
     encode_scales,
 )
 from llamaweft.weights.kernels import HAS_AVX2, decode_int8, decode_nf4, encode_rows
-from llamaweft.weights.matmul import GRAIN, padded, product, takes_onednn
+from llamaweft.weights.matmul import padded, product, product_in_columns, sizes_for
 from llamaweft.weights.matvec import matvec
 
 TILE = 512
 TILE_BYTES = 4 * 2**20
-"""Rows (or columns) of a tile, or as many as have so many bytes: small enough for the cache, large
-enough for the matrix product (benchmarks/bench_tiles.py)."""
+"""Rows (or columns) of a tile in fp32, twice as many in half the bytes, or as many as have so many
+bytes: small enough for the cache, large enough for the product (benchmarks/bench_tiles.py)."""
 
 RANDOM_ROWS = 1024
 """Rows of a random matrix that are drawn at once."""
@@ -42,8 +42,10 @@ FEW_TOKENS = 128
 
 
 def tile_size(width: int, dtype: torch.dtype) -> int:
-    """Rows of `width` numbers, or columns, that are decoded and multiplied at once on a CPU."""
-    return max(TILE, TILE_BYTES // (width * dtype.itemsize))
+    """Rows of `width` numbers, or columns, that are decoded and multiplied at once on a CPU: whole
+    blocks of the codecs."""
+    size = max(TILE * 4, TILE_BYTES // width) // dtype.itemsize
+    return size // BLOCK * BLOCK
 
 
 class Scratch:
@@ -167,12 +169,18 @@ class FrozenWeight:
         )
         if direct:
             return self._decode(r0, r1, c0, c1, self._scratch.take(r1 - r0, c1 - c0, dtype))
-        wide = self._scratch.take(r1 - r0, c1 - c0, torch.float32)
         narrow = self._scratch.take(r1 - r0, c1 - c0, dtype)
-        return narrow.copy_(self._decode(r0, r1, c0, c1, wide))
+        step = max(1, TILE_BYTES // (4 * (c1 - c0)))  # what is narrowed is in the cache yet
+        for start in range(r0, r1, step):
+            stop = min(start + step, r1)
+            wide = self._scratch.take(stop - start, c1 - c0, torch.float32)
+            narrow[start - r0 : stop - r0] = self._decode(start, stop, c0, c1, wide)
+        return narrow
 
     def _decode(self, r0: int, r1: int, c0: int, c1: int, out: Tensor) -> Tensor:
-        """Fill `out` with the window; c0 is a multiple of the block."""
+        """Fill `out` with the window. Raises ValueError where it begins inside a block."""
+        if c0 % BLOCK:
+            raise ValueError(f"column {c0} is inside a block of {BLOCK}")
         _ = self.parts
         target = out.view(torch.uint16) if out.dtype == torch.bfloat16 else out
         kernel = decode_nf4 if self.codec == "nf4" else decode_int8
@@ -212,13 +220,15 @@ class FrozenWeight:
             return self._matvec(x_TI)
         outputs = self.shape[0]
         tile = tile_size(self.shape[1], x_TI.dtype)
-        few = GRAIN if takes_onednn(x_TI) else FEW_TOKENS + 1
-        if len(x_TI) < few:  # matrix first: the product then has many rows, not few
-            x_IT = x_TI.t().contiguous()
+        sizes, few = sizes_for(x_TI), FEW_TOKENS
+        if sizes is not None and x_TI.dtype == torch.float32:
+            few = sizes.grain - 1
+        if len(x_TI) <= few:  # matrix first: the product then has many rows, not few
+            x_IT = padded(x_TI).t().contiguous()
             y_OT = x_TI.new_empty(outputs, len(x_TI))
             for start in range(0, outputs, tile):
                 stop = min(start + tile, outputs)
-                torch.mm(self.rows(start, stop, x_TI.dtype), x_IT, out=y_OT[start:stop])
+                product_in_columns(self.rows(start, stop, x_TI.dtype), x_IT, out=y_OT[start:stop])
             return y_OT.t().contiguous()
         y_TO, x_TI = x_TI.new_empty(len(x_TI), outputs), padded(x_TI)
         for start in range(0, outputs, tile):

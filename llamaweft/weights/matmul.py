@@ -1,8 +1,8 @@
-"""Products of fp32 matrices on a CPU, by the faster of the two libraries that torch brings.
+"""Products of matrices on a CPU, by the faster of the two libraries that torch brings.
 
 torch multiplies fp32 with MKL, which takes its AVX-512 code on Intel's CPUs alone. oneDNN, which
-torch has for bf16 and convolutions, goes by what the CPU can do: on an AMD CPU with full AVX-512 it
-is twice as fast (docs/log.md). There it multiplies here, through the operator that torch's own
+torch takes for bf16, goes by what the CPU can do: on an AMD CPU with full AVX-512 it is twice as
+fast in fp32 (docs/log.md). There it multiplies here, through the operator that torch's own
 compiler calls; elsewhere, and for every other dtype and device, torch.mm does.
 
 oneDNN compiles a kernel for each shape, and keeps it. Packs have many lengths, so rows go in blocks
@@ -14,98 +14,146 @@ M, N: rows and columns of a product   K: what is summed over   T: tokens
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from llamaweft.runtime import mkl_is_held_back
 
-BLOCK, GRAIN = 256, 16
-"""Rows that are multiplied at once, and what a smaller number of them is a multiple of."""
 
+class Sizes(NamedTuple):
+    """block: rows that oneDNN multiplies at once. grain: a smaller number of them is a multiple."""
+
+    block: int
+    grain: int
+
+
+FP32, BF16 = Sizes(256, 16), Sizes(512, 32)
 
 BY_ONEDNN = mkl_is_held_back()
-"""Decided by the machine, never by a measurement: the same machine gives the same bits."""
+"""Whether oneDNN multiplies fp32. Decided by the machine, never by a measurement: the same machine
+gives the same bits."""
 
 
-def takes_onednn(a: Tensor) -> bool:
-    """Whether products with this matrix are oneDNN's."""
-    return BY_ONEDNN and a.dtype == torch.float32 and a.device.type == "cpu"
+def sizes_for(a: Tensor) -> Sizes | None:
+    """The sizes in which this matrix's rows are multiplied; None where any number will do."""
+    if a.device.type != "cpu":
+        return None
+    if a.dtype == torch.bfloat16:
+        return BF16
+    return FP32 if BY_ONEDNN and a.dtype == torch.float32 else None
 
 
 def padded(a_MK: Tensor) -> Tensor:
-    """The matrix, with rows of zeros where it is less than a block and no multiple of GRAIN: one
-    product is then faster than two blocks. For products with many matrices, whose `out` has the
+    """The matrix, with rows of zeros where it is less than a block and no multiple of the grain:
+    one product is then faster than two blocks. For products with many matrices, whose `out` has the
     rows that count."""
-    missing = -len(a_MK) % GRAIN
-    if not takes_onednn(a_MK) or len(a_MK) < GRAIN or len(a_MK) > BLOCK or not missing:
+    sizes = sizes_for(a_MK)
+    if sizes is None or not sizes.grain <= len(a_MK) <= sizes.block:
         return a_MK
-    return torch.cat([a_MK, a_MK.new_zeros(missing, a_MK.shape[1])])
+    missing = -len(a_MK) % sizes.grain
+    return torch.cat([a_MK, a_MK.new_zeros(missing, a_MK.shape[1])]) if missing else a_MK
 
 
 def product(a_MK: Tensor, b_KN: Tensor, out: Tensor | None = None) -> Tensor:
     """a b, in `out` where one is given, without the rows that `padded` added to a. Without
     gradients: autograd does not see it."""
-    if not takes_onednn(a_MK) or len(a_MK) < GRAIN:
+    sizes = sizes_for(a_MK)
+    if sizes is None or len(a_MK) < sizes.grain:
         return torch.mm(a_MK, b_KN, out=out)
     if out is None:
         out = a_MK.new_empty(len(a_MK), b_KN.shape[1])
-    for rows in row_blocks(len(a_MK)):
+    for rows in row_blocks(len(a_MK), sizes):
         out[rows] = _onednn(a_MK[rows], b_KN)[: len(out) - rows.start]
     return out
 
 
 def product_in_columns(a_MK: Tensor, b_KN: Tensor, out: Tensor) -> Tensor:
-    """`product` where it is b's columns whose number varies, and that may be padded."""
-    if not takes_onednn(a_MK) or b_KN.shape[1] < GRAIN:
+    """`product` where it is b's columns whose number varies, and that may be padded; `out` may be
+    of another dtype."""
+    sizes = sizes_for(a_MK)
+    if sizes is None or b_KN.shape[1] < sizes.grain:
+        if out.dtype != a_MK.dtype:
+            return out.copy_(a_MK @ b_KN)
         return torch.mm(a_MK, b_KN, out=out)
-    for columns in row_blocks(b_KN.shape[1]):
+    for columns in row_blocks(b_KN.shape[1], sizes):
         out[:, columns] = _onednn(a_MK, b_KN[:, columns])[:, : out.shape[1] - columns.start]
     return out
 
 
 def add_product(sum_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> Tensor:
-    """sum += a b, in place."""
-    if not takes_onednn(a_MK) or len(a_MK) < GRAIN:
+    """sum += a b, in place; the sum may be of another dtype."""
+    sizes = sizes_for(a_MK)
+    if sizes is None or len(a_MK) < sizes.grain:
+        if sum_MN.dtype != a_MK.dtype:
+            return sum_MN.add_(a_MK @ b_KN)
         return sum_MN.addmm_(a_MK, b_KN)
     a_MK, done = padded(a_MK), 0
-    for rows in row_blocks(len(a_MK)):
+    for rows in row_blocks(len(a_MK), sizes):
         stop = min(rows.stop, len(sum_MN))
         sum_MN[done:stop] += _onednn(a_MK[rows], b_KN)[done - rows.start : stop - rows.start]
         done = stop
     return sum_MN
 
 
+def add_thin_product(sum_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """sum += a b, in place and rounded once, where K is so small that writing the sum is what takes
+    the time."""
+    if sum_MN.dtype != torch.bfloat16 or sizes_for(a_MK) is None:
+        return sum_MN.addmm_(a_MK, b_KN)  # MKL's, which keeps no kernels
+    block, grain = BF16
+    whole = len(a_MK) // grain * grain
+    for start in range(0, whole, block):
+        rows = slice(start, min(start + block, whole))
+        sum_MN[rows].addmm_(a_MK[rows], b_KN)
+    if whole < len(a_MK):
+        last = sum_MN.new_zeros(grain, sum_MN.shape[1])
+        count = len(a_MK) - whole
+        last[:count] = sum_MN[whole:]
+        a_last = a_MK.new_zeros(grain, a_MK.shape[1])
+        a_last[:count] = a_MK[whole:]
+        sum_MN[whole:] = last.addmm_(a_last, b_KN)[:count]
+    return sum_MN
+
+
 def summed_over_tokens(a_TM: Tensor, b_TN: Tensor) -> Tensor:
-    """a^T b, the gradient of a matrix whose products have a and b on their two sides."""
-    tokens = len(a_TM) // GRAIN * GRAIN
-    if not takes_onednn(a_TM) or not tokens:
+    """a^T b, the gradient of a matrix whose products have a and b on their two sides; in fp32 where
+    it is a sum of several products."""
+    sizes = sizes_for(a_TM)
+    tokens = 0 if sizes is None else len(a_TM) // sizes.grain * sizes.grain
+    if sizes is None or not tokens:
         return torch.mm(a_TM.t(), b_TN)
     if a_TM.shape[1] > b_TN.shape[1]:  # the narrower one first is several times as fast
         return summed_over_tokens(b_TN, a_TM).t()
     # A sum as large as a matrix is made once.
-    step = min(BLOCK, tokens) if a_TM.shape[1] <= BLOCK else tokens
-    sum_MN = _onednn(a_TM[:step].t(), b_TN[:step])
+    step = min(sizes.block, tokens) if a_TM.shape[1] <= sizes.block else tokens
+    sum_MN = _onednn(a_TM[:step].t(), b_TN[:step]).float()
     for start in range(step, tokens, step):
         rows = slice(start, min(start + step, tokens))
         sum_MN.add_(_onednn(a_TM[rows].t(), b_TN[rows]))
-    return sum_MN if tokens == len(a_TM) else sum_MN.addmm_(a_TM[tokens:].t(), b_TN[tokens:])
+    if tokens < len(a_TM):
+        sum_MN.addmm_(a_TM[tokens:].t().float(), b_TN[tokens:].float())
+    return sum_MN
 
 
-def row_blocks(count: int) -> Iterator[slice]:
-    """Slices that cover range(count), of BLOCK rows (or columns) or a smaller multiple of GRAIN;
-    the last may begin inside the one before it. count is at least GRAIN."""
-    whole = count // BLOCK * BLOCK
-    yield from (slice(start, start + BLOCK) for start in range(0, whole, BLOCK))
+def row_blocks(count: int, sizes: Sizes) -> Iterator[slice]:
+    """Slices that cover range(count), each of a block or a smaller multiple of the grain; the last
+    may begin inside the one before it. count is at least the grain."""
+    block, grain = sizes
+    whole = count // block * block
+    yield from (slice(start, start + block) for start in range(0, whole, block))
     rest = count - whole
     if not rest:
         return
-    size = -(-rest // GRAIN) * GRAIN
+    size = -(-rest // grain) * grain
     if size > count:  # a single block that is not full
-        size = GRAIN
-        yield slice(0, rest // GRAIN * GRAIN)
+        size = grain
+        yield slice(0, rest // grain * grain)
     yield slice(count - size, count)
 
 
 def _onednn(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    if a_MK.dtype == torch.bfloat16:
+        return torch.mm(a_MK, b_KN)  # is oneDNN's
     return torch.ops.mkldnn._linear_pointwise(a_MK, b_KN.t(), None, "none", [], "")

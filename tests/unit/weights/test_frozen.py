@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from llamaweft.weights import frozen, matvec
-from llamaweft.weights.codecs import CODECS, decode
-from llamaweft.weights.frozen import FrozenWeight, encode
+from llamaweft.weights.codecs import BLOCK, CODECS, decode
+from llamaweft.weights.frozen import FrozenWeight, encode, tile_size
 from llamaweft.weights.linear import Linear
 
 
@@ -33,6 +33,22 @@ def test_products_and_their_gradients(codec: str, tokens: int, monkeypatch) -> N
     y = y.detach()
     assert float((y - x64 @ w64.t()).norm() / (x64 @ w64.t()).norm()) < 1e-6
     assert float((x.grad - g64 @ w64).norm() / (g64 @ w64).norm()) < 1e-6
+
+
+@pytest.mark.parametrize("codec", ["nf4", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [640, 768, 960])
+def test_tiles_of_columns_begin_with_a_block(codec: str, dtype: torch.dtype, width: int) -> None:
+    """Down projections of small models, wider than a tile that is no power of two."""
+    inputs = tile_size(width, dtype) + 5 * BLOCK
+    weight, w = held(codec, width, inputs)
+    g = torch.randn(40, width).to(dtype)
+    wanted = g.double() @ w.double()
+    found = weight.linear_backward(g)
+    limit = 1e-6 if dtype == torch.float32 else 5e-3
+    assert float((found - wanted).norm() / wanted.norm()) < limit
+    with pytest.raises(ValueError, match="inside a block"):
+        weight.columns(BLOCK + 1, 2 * BLOCK + 1, dtype)
 
 
 def test_nothing_is_multiplied_for_an_input_without_gradient(monkeypatch) -> None:
