@@ -21,6 +21,7 @@ from llamaweft.plan.shapes import LINEARS, sizes
 from llamaweft.plan.whole import Whole, whole_of
 from llamaweft.runtime import anon_bytes
 from llamaweft.train.optim import optimizer_bytes_per_parameter
+from llamaweft.weights.matmul import kernel_bytes
 
 RUNTIME_BYTES, WARM_RUNTIME_BYTES = 64 * 2**20, 24 * 2**20
 """What the process takes beyond what it has when the plan is made: compiled kernels, buffers of the
@@ -95,6 +96,8 @@ class Fitted(Trained):
             held = store_bytes(self.config, self.base_weights, without=self.whole)
         compute_bytes = self.runtime.compute_dtype.itemsize
         to_come = WARM_RUNTIME_BYTES if on_cpu and self.has_run_a_layer else RUNTIME_BYTES
+        if on_cpu:
+            to_come += anon_bytes() + kernel_bytes(self.runtime.compute_dtype, tokens)
         return Workload(
             config=self.config,
             pack_tokens=tokens,
@@ -105,7 +108,7 @@ class Fitted(Trained):
             else (),
             compute_bytes=compute_bytes,
             kept_bytes=2 if training.keep_activations == "bf16" else None,
-            runtime_bytes=to_come + self.beside_bytes + (anon_bytes() if on_cpu else 0),
+            runtime_bytes=to_come + self.beside_bytes,
             fragment_bytes=FRAGMENT_BYTES if on_cpu else 0,
             large_tensors=on_cpu and self._has_large_tensors,
             weight_bytes=held,

@@ -31,6 +31,10 @@ class Sizes(NamedTuple):
 
 FP32, BF16 = Sizes(256, 16), Sizes(512, 32)
 
+KERNEL_BYTES, KERNEL_SHAPES = 700 * 2**10, 20
+"""Of a kernel of oneDNN's for bf16, as measured (docs/log.md), and how many a step of one number of
+rows needs: the products of a layer's matrices, their adapters and the head, there and back."""
+
 BY_ONEDNN = mkl_is_held_back()
 """Whether oneDNN multiplies fp32. Decided by the machine, never by a measurement: the same machine
 gives the same bits."""
@@ -43,6 +47,15 @@ def sizes_for(a: Tensor) -> Sizes | None:
     if a.dtype == torch.bfloat16:
         return BF16
     return FP32 if BY_ONEDNN and a.dtype == torch.float32 else None
+
+
+def kernel_bytes(dtype: torch.dtype, rows: int) -> int:
+    """What oneDNN's kernels may come to take of a CPU's memory in steps of up to so many rows;
+    those for fp32 are few and small."""
+    if dtype != torch.bfloat16:
+        return 0
+    sizes = -(-min(rows, BF16.block) // BF16.grain)
+    return KERNEL_BYTES * KERNEL_SHAPES * sizes
 
 
 def padded(a_MK: Tensor) -> Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from llamaweft.errors import UserError
+from llamaweft.pieces import fitted
 from llamaweft.pieces.pieces import Pieces
 from llamaweft.plan.memory import schedule
 from llamaweft.planning import nearest_fit, plan_run
 from llamaweft.recipe import Recipe
+from llamaweft.weights.matmul import kernel_bytes
 
 
 def least_bytes(pieces: Pieces) -> int:
@@ -29,3 +32,14 @@ def test_the_nearest_recipe_that_fits_is_named(recipe_tree: dict) -> None:
         plan_run(tight)
     fitting = tight.changed(dict([changes.split("=")]))
     assert plan_run(fitting).fits
+
+
+def test_bf16_on_a_cpu_counts_the_kernels_of_its_products(recipe_tree: dict, monkeypatch) -> None:
+    monkeypatch.setattr(fitted, "anon_bytes", lambda: 0)
+    found = {}
+    for dtype in ("fp32", "bf16"):
+        recipe_tree["training"]["compute_dtype"] = dtype
+        found[dtype] = Pieces(Recipe.validate_tree(recipe_tree)).workload
+    kernels = kernel_bytes(torch.bfloat16, found["bf16"].pack_tokens)
+    assert kernels > 10 * 2**20
+    assert found["bf16"].runtime_bytes - found["fp32"].runtime_bytes == kernels

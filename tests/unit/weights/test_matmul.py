@@ -16,6 +16,7 @@ from llamaweft.weights.matmul import (
     Sizes,
     add_product,
     add_thin_product,
+    kernel_bytes,
     padded,
     product,
     product_in_columns,
@@ -154,6 +155,14 @@ def test_packs_of_many_lengths_make_products_of_few_sizes(calls, dtype, sizes) -
     most = sizes.block // sizes.grain
     assert len({rows for rows, _, columns in calls if columns == 32}) == most
     assert len({tokens for rows, tokens, _ in calls if rows == 16}) == most
+
+
+def test_kernels_are_counted_for_bf16_by_the_sizes_there_are() -> None:
+    assert kernel_bytes(torch.float32, 1000) == 0
+    one = kernel_bytes(torch.bfloat16, 1)
+    assert [kernel_bytes(torch.bfloat16, rows) / one for rows in (33, 256, 512, 4096)] == [
+        2, 8, 16, 16,
+    ]  # fmt: skip
 
 
 def test_thin_products_of_many_lengths_are_of_few_sizes(monkeypatch) -> None:
