@@ -52,13 +52,14 @@ class Pieces(Fitted):
         open_store(folder, codec)
 
     def settle_memory(self) -> None:
-        """Tell the C library what to do with large tensors that are freed, where the run has such:
-        to keep them, if the budget has room for the fragments; else to give them back."""
-        if not self.workload.large_tensors:
-            return
+        """Tell the C library what to do with tensors that are freed: to keep large ones, if the
+        budget has room for the fragments; else to give them back, and small ones too where memory
+        is short."""
         if self.schedule.keeps_freed:
             keep_freed_memory()
-        else:
+            return
+        on_cpu = self.runtime.device.type == "cpu"
+        if self.workload.large_tensors or (on_cpu and self.schedule.returns_freed):
             return_freed_memory()
 
     @property

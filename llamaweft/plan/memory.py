@@ -8,6 +8,7 @@ T: tokens of a pack   R: rows of the last layer that a label needs   M: rows of 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -38,7 +39,9 @@ NORM_BYTES = 12
 fp64, and the norm with the adapter in fp32."""
 
 FRAGMENT_SHARE = 8
-"""Fragments that the C library holds on to are this part of what is taken and freed, or less."""
+SHORT_FRAGMENT_BYTES = 96 * 2**20
+"""Fragments that the C library holds on to are this part of what is taken and freed, or less; where
+memory is short, at least so many bytes, of tensors too small to be given back."""
 
 KEPT_SHARE = 16
 """The same where large tensors are taken from what it keeps, instead of being mapped anew."""
@@ -152,6 +155,7 @@ class Schedule:
     labels, that are computed at once. recomputed_share: multiplications of the base that are
     done again, as a share of those of one forward pass. keeps_freed: whether the C library keeps
     large tensors that are freed, which spares faulting them in again and leaves fragments.
+    returns_freed: whether it gives back those of models with small ones too, since memory is short.
     """
 
     keep: tuple[tuple[str, ...], ...]
@@ -160,6 +164,7 @@ class Schedule:
     recomputed_share: float
     parts: dict[str, int]
     keeps_freed: bool = False
+    returns_freed: bool = False
 
     @property
     def peak_bytes(self) -> int:
@@ -176,14 +181,15 @@ class Schedule:
             return None
         keep = tuple(tuple(names) for names in content["keep"])
         made = cls(keep, *(content[name] for name in names))
-        return replace(made, keeps_freed=content.get("keeps_freed", False))
+        freed = {name: content.get(name, False) for name in ("keeps_freed", "returns_freed")}
+        return replace(made, **freed)
 
 
 def solve(work: Workload, budget_bytes: int | None) -> Schedule:
     """The schedule with the least recomputation that stays inside the budget.
 
     All that may be kept saves the same arithmetic for its bytes, since its products have inputs of
-    the same width; so whatever fits is taken, the last layer first. Raises UserError, with the
+    the same width; so whatever fits is taken, the last layers first. Raises UserError, with the
     smallest budget that works, when none does.
     """
     layers = work.config.num_hidden_layers
@@ -206,14 +212,24 @@ def solve(work: Workload, budget_bytes: int | None) -> Schedule:
             "training.micro_batch_tokens"
         )
     keep: list[tuple[str, ...]] = [()] * layers
-    left = budget_bytes - schedule(replace(work, start_bytes=0), [()] * layers).peak_bytes
     for name in work.keepable:
-        for layer in reversed(range(work.lowest, layers)):
-            size = kept_bytes(work, name, layer)
-            if size <= left:
-                keep[layer] += (name,)
-                left -= size
+        keep = _kept_where_it_fits(work, keep, name, budget_bytes)
     return schedule(work, keep)
+
+
+def _kept_where_it_fits(
+    work: Workload, keep: list[tuple[str, ...]], name: str, budget_bytes: int
+) -> list[tuple[str, ...]]:
+    """`name` kept too, by as many of the last layers as the budget has room for."""
+    layers = len(keep)
+
+    def kept_by(count: int) -> list[tuple[str, ...]]:
+        return [*keep[: layers - count], *((*names, name) for names in keep[layers - count :])]
+
+    counts = range(1, layers - work.lowest + 1)
+    return kept_by(
+        bisect_right(counts, budget_bytes, key=lambda n: schedule(work, kept_by(n)).peak_bytes)
+    )
 
 
 def schedule(
@@ -223,7 +239,9 @@ def schedule(
     *,
     keeps_freed: bool = False,
 ) -> Schedule:
-    """The bytes by part when each layer keeps what `keep` says; loss_tile_labels: None for few."""
+    """The bytes by part when each layer keeps what `keep` says; loss_tile_labels: None for few,
+    where memory is short."""
+    is_short = loss_tile_labels is None
     if loss_tile_labels is None:
         most = LOGIT_BYTES // (4 * work.outputs)
         loss_tile_labels = max(1, min(LEAST_LABELS, most))
@@ -234,7 +252,8 @@ def schedule(
     kept = sum(kept_bytes(work, name, i) for i, names in enumerate(keep) for name in names)
     workspace = workspace_bytes(work, keep, loss_tile_labels)
     freed = inputs + kept + workspace
-    fragments = min(work.fragment_bytes, freed // FRAGMENT_SHARE)
+    at_least = min(SHORT_FRAGMENT_BYTES, freed // 2) if is_short else 0
+    fragments = min(work.fragment_bytes, max(at_least, freed // FRAGMENT_SHARE))
     if keeps_freed:
         fragments = freed // KEPT_SHARE
     held = NORM_BYTES * magnitude_count(work) + 4 * kept_start_numbers(work)
@@ -256,7 +275,7 @@ def schedule(
     again = sum(recomputed_multiplications(work, keep[i], i) for i in backward)
     once = sum(layer_multiplications(work, i) for i in range(layers))
     return Schedule(
-        tuple(keep), MLP_TILE_TOKENS, loss_tile_labels, again / once, parts, keeps_freed
+        tuple(keep), MLP_TILE_TOKENS, loss_tile_labels, again / once, parts, keeps_freed, is_short
     )
 
 

@@ -15,7 +15,7 @@ from llamaweft.model.presets import PRESETS, parameter_count
 from llamaweft.plan import hardware
 from llamaweft.plan.flops import training_flops
 from llamaweft.plan.hardware import available_bytes, matmul_flops_per_second
-from llamaweft.plan.memory import Workload, adapter_parameters, schedule, solve
+from llamaweft.plan.memory import Schedule, Workload, adapter_parameters, schedule, solve
 
 WORK = Workload(
     config=PRESETS["llama3-8b"],
@@ -69,10 +69,16 @@ def test_with_enough_memory_nothing_is_recomputed() -> None:
     assert less.peak_bytes <= free.peak_bytes - 2**30
 
 
-def test_more_memory_means_less_recomputation_and_every_schedule_fits() -> None:
+@pytest.mark.parametrize("fragment_bytes", [0, 2**27, 2**30])
+def test_more_memory_means_less_recomputation_and_every_schedule_fits(fragment_bytes: int) -> None:
+    """Fragments grow with what is kept."""
     budgets = [int(gib * 2**30) for gib in (2.5, 3, 4, 5, 6, 7)]
-    found = [solve(WORK, budget) for budget in budgets]
+    found = [solve(replace(WORK, fragment_bytes=fragment_bytes), budget) for budget in budgets]
+    assert all(s.peak_bytes > b - 2**26 for s, b in zip(found[:-1], budgets[:-1], strict=True))
     assert all(s.peak_bytes <= b for s, b in zip(found, budgets, strict=True))
+    assert all(s.returns_freed for s in found[:-1])
+    assert Schedule.from_dict(found[0].to_dict()) == found[0]
+    assert not solve(WORK, None).returns_freed
     shares = [s.recomputed_share for s in found]
     assert shares == sorted(shares, reverse=True)
     assert len(set(shares)) == len(shares)
