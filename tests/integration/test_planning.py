@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from llamaweft.errors import UserError
 from llamaweft.pieces import fitted
+from llamaweft.pieces import pieces as pieces_module
 from llamaweft.pieces.pieces import Pieces
 from llamaweft.plan.memory import schedule
 from llamaweft.planning import nearest_fit, plan_run
@@ -44,3 +47,15 @@ def test_bf16_on_a_cpu_counts_the_kernels_of_its_products(recipe_tree: dict, mon
     kernels = kernel_bytes(torch.bfloat16, found["bf16"].pack_tokens)
     assert kernels > 10 * 2**20
     assert found["bf16"].runtime_bytes - found["fp32"].runtime_bytes == kernels
+
+
+def test_small_tensors_are_given_back_where_memory_is_short(recipe_tree: dict, monkeypatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(pieces_module, "return_freed_memory", lambda: told.append("return"))
+    monkeypatch.setattr(pieces_module, "keep_freed_memory", lambda: told.append("keep"))
+    pieces = Pieces(Recipe.validate_tree(recipe_tree))
+    assert not pieces.workload.large_tensors
+    for is_short in (False, True):
+        pieces.schedule = replace(pieces.schedule, returns_freed=is_short)
+        pieces.settle_memory()
+        assert told == (["return"] if is_short else [])
