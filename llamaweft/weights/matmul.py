@@ -65,8 +65,7 @@ def padded(a_MK: Tensor) -> Tensor:
     sizes = sizes_for(a_MK)
     if sizes is None or not sizes.grain <= len(a_MK) <= sizes.block:
         return a_MK
-    missing = -len(a_MK) % sizes.grain
-    return torch.cat([a_MK, a_MK.new_zeros(missing, a_MK.shape[1])]) if missing else a_MK
+    return _filled(a_MK, sizes.grain)
 
 
 def product(a_MK: Tensor, b_KN: Tensor, out: Tensor | None = None) -> Tensor:
@@ -121,12 +120,8 @@ def add_thin_product(sum_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> Tensor:
         rows = slice(start, min(start + block, whole))
         sum_MN[rows].addmm_(a_MK[rows], b_KN)
     if whole < len(a_MK):
-        last = sum_MN.new_zeros(grain, sum_MN.shape[1])
-        count = len(a_MK) - whole
-        last[:count] = sum_MN[whole:]
-        a_last = a_MK.new_zeros(grain, a_MK.shape[1])
-        a_last[:count] = a_MK[whole:]
-        sum_MN[whole:] = last.addmm_(a_last, b_KN)[:count]
+        last = _filled(sum_MN[whole:], grain).addmm_(_filled(a_MK[whole:], grain), b_KN)
+        sum_MN[whole:] = last[: len(a_MK) - whole]
     return sum_MN
 
 
@@ -164,6 +159,12 @@ def row_blocks(count: int, sizes: Sizes) -> Iterator[slice]:
         size = grain
         yield slice(0, rest // grain * grain)
     yield slice(count - size, count)
+
+
+def _filled(a_MK: Tensor, grain: int) -> Tensor:
+    """The matrix, with rows of zeros up to a multiple of the grain."""
+    missing = -len(a_MK) % grain
+    return torch.cat([a_MK, a_MK.new_zeros(missing, a_MK.shape[1])]) if missing else a_MK
 
 
 def _onednn(a_MK: Tensor, b_KN: Tensor) -> Tensor:
