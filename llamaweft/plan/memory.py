@@ -193,43 +193,46 @@ def solve(work: Workload, budget_bytes: int | None) -> Schedule:
     smallest budget that works, when none does.
     """
     layers = work.config.num_hidden_layers
-    least = schedule(work, [()] * layers)
     all_kept = [work.keepable if layer >= work.lowest else () for layer in range(layers)]
+    nothing_again = [schedule(work, all_kept, MOST_LABELS), schedule(work, all_kept)]
     if work.large_tensors:
-        roomy = schedule(work, all_kept, MOST_LABELS, keeps_freed=True)
-        if budget_bytes is None or roomy.peak_bytes <= budget_bytes:
-            return roomy
-    fastest = schedule(work, all_kept, MOST_LABELS)
-    if budget_bytes is None or fastest.peak_bytes <= budget_bytes:
-        return fastest
-    full = schedule(work, all_kept)
-    if full.peak_bytes <= budget_bytes:
-        return full
-    if least.peak_bytes > budget_bytes:
-        raise UserError(
-            f"training.memory_budget: {_gib(budget_bytes)} is too small for this model and pack; "
-            f"the smallest that works is {_gib(least.peak_bytes, up=True)}, or lower "
-            "training.micro_batch_tokens"
-        )
+        nothing_again.insert(0, schedule(work, all_kept, MOST_LABELS, keeps_freed=True))
+    for made in nothing_again:
+        if budget_bytes is None or made.peak_bytes <= budget_bytes:
+            return made
+    assert budget_bytes is not None
     keep: list[tuple[str, ...]] = [()] * layers
     for name in work.keepable:
         keep = _kept_where_it_fits(work, keep, name, budget_bytes)
-    return schedule(work, keep)
+    made = schedule(work, keep)
+    if made.peak_bytes <= budget_bytes:
+        return made
+    smallest = min(each.peak_bytes for each in (made, *nothing_again))
+    raise UserError(
+        f"training.memory_budget: {_gib(budget_bytes)} is too small for this model and pack; "
+        f"the smallest that works is {_gib(smallest, up=True)}, or lower "
+        "training.micro_batch_tokens"
+    )
 
 
 def _kept_where_it_fits(
     work: Workload, keep: list[tuple[str, ...]], name: str, budget_bytes: int
 ) -> list[tuple[str, ...]]:
-    """`name` kept too, by as many of the last layers as the budget has room for."""
-    layers = len(keep)
+    """`name` kept too, by as many of the last layers as the budget has room for. By all of few
+    layers it may take less than by none, since a layer's workspace is then smaller; so it is taken
+    even where neither fits."""
+    layers = len(keep) - work.lowest
 
     def kept_by(count: int) -> list[tuple[str, ...]]:
-        return [*keep[: layers - count], *((*names, name) for names in keep[layers - count :])]
+        first = len(keep) - count
+        return [*keep[:first], *((*names, name) for names in keep[first:])]
 
-    counts = range(1, layers - work.lowest + 1)
-    return kept_by(
-        bisect_right(counts, budget_bytes, key=lambda n: schedule(work, kept_by(n)).peak_bytes)
-    )
+    def peak(count: int) -> int:
+        return schedule(work, kept_by(count)).peak_bytes
+
+    if peak(layers) <= max(budget_bytes, peak(0)):
+        return kept_by(layers)
+    return kept_by(bisect_right(range(1, layers), budget_bytes, key=peak))
 
 
 def schedule(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,6 +141,28 @@ def test_a_budget_that_nothing_fits_names_the_smallest_that_does() -> None:
         solve(WORK, 2**30)
     smallest = float(str(caught.value).partition("works is ")[2].partition("GiB")[0])
     assert solve(WORK, int(smallest * 2**30)).keep[0] == ()
+
+
+@pytest.mark.parametrize("large_tensors", [False, True])
+@pytest.mark.parametrize("layers", [1, 2, 4, 8])
+@pytest.mark.parametrize("preset", ["llama3-8b", "llama3.2-1b", "tiny"])
+def test_the_smallest_that_works_is_the_smallest_of_all_schedules(
+    preset: str, layers: int, large_tensors: bool
+) -> None:
+    """Of few layers, keeping what all need spares more workspace than it takes."""
+    config = replace(PRESETS[preset], num_hidden_layers=layers)
+    work = replace(WORK, config=config, fragment_bytes=2**27, large_tensors=large_tensors)
+    peaks = [
+        solve(work, None).peak_bytes,
+        schedule(work, [work.keepable] * layers, 1024).peak_bytes,
+    ]
+    for is_kept in itertools.product((False, True), repeat=len(work.keepable)):
+        keep = tuple(itertools.compress(work.keepable, is_kept))
+        peaks.append(schedule(work, [keep] * layers).peak_bytes)
+    smallest = min(peaks)
+    assert solve(work, smallest).peak_bytes == smallest
+    with pytest.raises(UserError, match=f"works is {math.ceil(smallest * 100 / 2**30) / 100:.2f}G"):
+        solve(work, smallest - 1)
 
 
 def test_kept_in_bf16_takes_half() -> None:
