@@ -12,16 +12,22 @@ META_TOKENIZER := llama-models==0.3.0
 # What platforms of jobs are described by; dependencies of theirs exclude some of ours.
 PLATFORMS := skypilot==0.14.1 botocore==1.44.8 sagemaker-core==2.27.0 sagemaker-train==1.27.0
 
+KERNELS := tests/unit/weights
+PROCESSES ?= 2
+
 .PHONY: demo test test-all lint bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/llamaweft demo
 
+# The kernels with all threads; the rest by as many processes, each with one thread.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(KERNELS)
+	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" \
+		--ignore=$(KERNELS) -n $(PROCESSES) --dist loadfile
 
-test-all: $(VENV)/.test
-	$(BIN)/python -m pytest
+test-all: test
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
