@@ -22,7 +22,7 @@ demo: $(VENV)/.demo
 
 # The kernels with all threads; the rest by as many processes, each with one thread.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(KERNELS)
+	$(BIN)/python -m pytest -m "not slow" $(KERNELS)
 	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" \
 		--ignore=$(KERNELS) -n $(PROCESSES) --dist loadfile
 

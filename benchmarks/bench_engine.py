@@ -126,7 +126,8 @@ class Ring:
         rate = ours["real_tokens_per_second"] / mean(ours["sgemm_flops_per_second"]) * 1e12
         times = rate / theirs["real_tokens_per_tflop_of_sgemm"]
         memory = ours["peak_anon_bytes"] / theirs["peak_anon_bytes"]
-        self.contenders.insert(0, theirs)
+        if theirs not in self.contenders:
+            self.contenders.insert(0, theirs)
         self.ratios[name] = (
             f"{times:.2f} x its tok/s at the same sgemm, one after the other; "
             f"{memory:.2f} x its memory"
